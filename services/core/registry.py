@@ -1,0 +1,81 @@
+"""Who is alive: leases of expert workers and attention shards.
+
+A worker writes its record at start and again each heartbeat; a record whose lease ran out is gone.
+The registry is never needed for correctness: a reader goes on with what it last saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+WorkerStateName = Literal["loading", "ready", "draining"]
+Slot = tuple[int, int]
+"""(layer, expert): one logical expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """One expert worker's lease. `endpoint` is host:port of its gRPC server.
+
+    `tokens` counts assignments computed per slot since start; `queue_ms` and `compute_ms` are
+    means over the last heartbeat interval. `started_at` is Unix seconds.
+    """
+
+    worker_id: str
+    endpoint: str
+    state: WorkerStateName
+    slots: frozenset[Slot]
+    device: str
+    pid: int
+    host: str
+    started_at: float
+    weight_bytes: int
+    memory_free_bytes: int
+    metrics_endpoint: str | None = None
+    tokens: Mapping[Slot, int] = field(default_factory=dict)
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+    num_frames: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """One attention shard's lease: its engine's load, and the tokens its gate sent per slot."""
+
+    shard_id: str
+    pid: int
+    host: str
+    started_at: float
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    num_generated_tokens: int
+    num_prefilled_tokens: int
+    metrics_endpoint: str | None = None
+    expert_load: Mapping[Slot, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSnapshot:
+    """All leases that were alive when it was read."""
+
+    workers: tuple[WorkerRecord, ...] = ()
+    shards: tuple[ShardRecord, ...] = ()
+
+
+class Registry(Protocol):
+    """Where leases are kept. Methods raise `UnavailableError` when the store cannot be reached."""
+
+    async def publish(self, record: WorkerRecord | ShardRecord, lease_s: float) -> None: ...
+
+    async def remove(self, record_id: str) -> None:
+        """Drop a worker's or a shard's lease at once; nothing happens if there is none."""
+        ...
+
+    async def snapshot(self) -> FleetSnapshot: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,104 @@
+"""The only reader of the environment. Command-line flags override what is read here.
+
+Every variable is `EXPERTFLEET_` + the field's name, save the few standard ones named in an alias.
+A bad value fails at start with a `ConfigurationError` that names the variable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.core.errors import ConfigurationError
+
+DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Settings(BaseSettings):
+    """Settings shared by every process; each reads the ones it needs."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EXPERTFLEET_", extra="ignore", populate_by_name=True, frozen=True
+    )
+
+    # What is served
+    model: str = Field("models/demo", description="folder of a checkpoint, or a hub id")
+    served_model_name: str | None = Field(None, description="name in the API; default: from model")
+    dtype: DTypeName = Field("auto", description="activation dtype; auto: as the checkpoint says")
+    device: str = Field("auto", description="cpu, cuda, cuda:N or auto")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion, tokens")
+
+    # Where things are
+    fleet: str = Field("default", pattern=r"^[a-z0-9-]+$", description="namespace in the store")
+    redis_url: str | None = Field(
+        None, validation_alias=AliasChoices("EXPERTFLEET_REDIS_URL", "REDIS_URL")
+    )
+    workers: str = Field("", description="static list host:port,host:port; empty: the registry")
+    state_dir: Path | None = Field(None, description="logs, local traces, sockets")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # Gateway
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: str = Field("", description="comma-separated bearer keys; empty: no authentication")
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    request_timeout_s: float = Field(3600.0, gt=0)
+
+    # Attention and gating shard
+    block_size: int = Field(16, ge=1, description="tokens in a KV block")
+    kv_cache_bytes: int = Field(1 << 30, ge=1 << 16)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
+    max_waiting_tokens: int = Field(1 << 20, ge=1, description="past this, requests get 429")
+    num_micro_batches: int = Field(1, ge=1, le=8)
+    num_threads: int | None = Field(None, ge=1, description="torch threads of this process")
+
+    # Dispatch and experts
+    expert_wait_s: float = Field(60.0, gt=0, description="how long a request waits for a replica")
+    call_timeout_s: float = Field(30.0, gt=0, description="deadline of one dispatch frame")
+    max_frame_bytes: int = Field(256 << 20, ge=1 << 16)
+    heartbeat_s: float = Field(1.0, gt=0)
+    lease_s: float = Field(5.0, gt=0)
+    drain_timeout_s: float = Field(10.0, gt=0)
+
+    # Sessions
+    session_ttl_s: float = Field(7 * 86400.0, gt=0)
+    session_queue_bytes: int = Field(256 << 20, ge=1 << 16, description="write-behind buffer")
+
+    # Telemetry
+    otlp_endpoint: str | None = Field(
+        None,
+        validation_alias=AliasChoices(
+            "EXPERTFLEET_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+        ),
+    )
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="requests that are traced")
+    step_sample_interval: int = Field(64, ge=1, description="one step in so many is traced whole")
+    trace_file_max_bytes: int = Field(64 << 20, ge=1 << 16)
+
+    def override(self, **values: Any) -> Settings:
+        """A validated copy with the given fields replaced; None values are left as they are."""
+        changed = {key: value for key, value in values.items() if value is not None}
+        return _build(self.model_dump() | changed)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment once. Raises `ConfigurationError` naming the variable at fault."""
+    return _build({key: value for key, value in overrides.items() if value is not None})
+
+
+def _build(values: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        variable = name if name.isupper() else f"EXPERTFLEET_{name.upper()}"
+        raise ConfigurationError(
+            f"{variable}={first['input']!r} cannot be used: {first['msg']}", setting=name
+        ) from error

@@ -1,0 +1,77 @@
+"""Every name that telemetry uses. `gen_ai.*` are OpenTelemetry's conventions, the rest is ours.
+
+Attributes are low in cardinality and recorded per request, step or frame, never per token.
+"""
+
+from __future__ import annotations
+
+SERVICE_GATEWAY = "expertfleet-gateway"
+SERVICE_SHARD = "expertfleet-shard"
+SERVICE_WORKER = "expertfleet-worker"
+
+# Spans, from the outside in
+SPAN_REQUEST = "expertfleet.gateway.request"
+SPAN_GENERATE = "expertfleet.shard.generate"
+SPAN_QUEUE = "expertfleet.shard.queue"
+SPAN_PREFILL = "expertfleet.shard.prefill"
+SPAN_DECODE = "expertfleet.shard.decode"
+SPAN_RESTORE = "expertfleet.session.restore"
+SPAN_STEP = "expertfleet.engine.step"
+SPAN_LAYER = "expertfleet.engine.layer"
+SPAN_DISPATCH = "expertfleet.dispatch"
+SPAN_EXPERT = "expertfleet.worker.compute"
+
+# gen_ai semantic conventions
+GEN_AI_OPERATION_NAME = "gen_ai.operation.name"
+GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+GEN_AI_REQUEST_TEMPERATURE = "gen_ai.request.temperature"
+GEN_AI_RESPONSE_ID = "gen_ai.response.id"
+GEN_AI_RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
+GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+GEN_AI_CONVERSATION_ID = "gen_ai.conversation.id"
+
+# Ours
+ATTR_REQUEST_ID = "expertfleet.request_id"
+ATTR_LAYER = "expertfleet.layer"
+ATTR_WORKER_ID = "expertfleet.worker_id"
+ATTR_SHARD_ID = "expertfleet.shard_id"
+ATTR_NUM_TOKENS = "expertfleet.num_tokens"
+ATTR_NUM_SEQS = "expertfleet.num_seqs"
+ATTR_NUM_PREFILL_TOKENS = "expertfleet.num_prefill_tokens"
+ATTR_NUM_DECODE_TOKENS = "expertfleet.num_decode_tokens"
+ATTR_EXPERT_IDS = "expertfleet.expert_ids"
+ATTR_TOKENS_PER_EXPERT = "expertfleet.tokens_per_expert"
+ATTR_QUEUE_MS = "expertfleet.queue_ms"
+ATTR_COMPUTE_MS = "expertfleet.compute_ms"
+ATTR_NUM_RETRIES = "expertfleet.num_retries"
+ATTR_NUM_CACHED_TOKENS = "expertfleet.num_cached_tokens"
+ATTR_NUM_RESTORED_TOKENS = "expertfleet.num_restored_tokens"
+ATTR_STEP = "expertfleet.step"
+
+# Prometheus
+METRIC_REQUESTS = "expertfleet_requests_total"
+METRIC_TTFT = "expertfleet_time_to_first_token_seconds"
+METRIC_TPOT = "expertfleet_time_per_output_token_seconds"
+METRIC_E2E = "expertfleet_request_duration_seconds"
+METRIC_PROMPT_TOKENS = "expertfleet_prompt_tokens_total"
+METRIC_GENERATED_TOKENS = "expertfleet_generated_tokens_total"
+METRIC_CACHED_TOKENS = "expertfleet_cached_tokens_total"
+METRIC_RESTORED_TOKENS = "expertfleet_restored_tokens_total"
+METRIC_REFUSED_BLOCKS = "expertfleet_session_refused_blocks_total"
+METRIC_PREEMPTIONS = "expertfleet_preemptions_total"
+METRIC_RUNNING = "expertfleet_running_sequences"
+METRIC_WAITING = "expertfleet_waiting_sequences"
+METRIC_WAITING_TOKENS = "expertfleet_waiting_tokens"
+METRIC_KV_USED = "expertfleet_kv_blocks_used"
+METRIC_KV_TOTAL = "expertfleet_kv_blocks_total"
+METRIC_STEP = "expertfleet_step_duration_seconds"
+METRIC_EXPERT_TOKENS = "expertfleet_expert_tokens_total"
+METRIC_DISPATCH = "expertfleet_dispatch_duration_seconds"
+METRIC_DISPATCH_RETRIES = "expertfleet_dispatch_retries_total"
+METRIC_WORKER_FRAMES = "expertfleet_worker_frames_total"
+METRIC_WORKER_QUEUE = "expertfleet_worker_queue_seconds"
+METRIC_WORKER_COMPUTE = "expertfleet_worker_compute_seconds"
+METRIC_WORKER_TOKENS = "expertfleet_worker_tokens_total"
+METRIC_WORKER_BATCH_ROWS = "expertfleet_worker_batch_rows"
