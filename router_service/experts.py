@@ -29,8 +29,8 @@ class StepContext:
 class ExpertBackend(Protocol):
     """Computes the experts' part of a MoE layer.
 
-    `hidden_states_TH` [T, H] in the activation dtype, `topk_ids_TK` int64 [T, K] distinct within a
-    row, `topk_weights_TK` float32 [T, K]. Returns [T, H] in the activation dtype: per token the sum
+    `hidden_states` [T, H] in the activation dtype, `topk_ids` int64 [T, K] distinct within a
+    row, `topk_weights` float32 [T, K]. Returns [T, H] in the activation dtype: per token the sum
     over its experts of weight * FFN(row), each weighted row rounded to the activation dtype first;
     for K > 2 rows are summed in ascending expert id. The input is not written to.
 
@@ -41,9 +41,9 @@ class ExpertBackend(Protocol):
     async def forward(
         self,
         layer: int,
-        hidden_states_TH: torch.Tensor,
-        topk_ids_TK: torch.Tensor,
-        topk_weights_TK: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
         context: StepContext,
     ) -> torch.Tensor: ...
 
