@@ -1,0 +1,50 @@
+# expertfleet: `make help` lists what can be done.
+PY := .venv/bin/python
+MODEL ?= models/demo
+ARGS ?=
+PROTOS := protos/experts.proto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check format protos protos-check demo-model bench clean
+
+help: ## show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: ## set up .venv in the checkout (TORCH=auto|cpu|cuda|none)
+	@scripts/setup.sh dev
+
+serve: ## set up what is missing and serve MODEL (default: the demo model); ARGS="--workers 4 --port 8000"
+	@scripts/setup.sh run
+	@exec .venv/bin/expertfleet up --model $(MODEL) --state-dir .expertfleet $(ARGS)
+
+test: setup ## set up what is missing and run all tests
+	$(PY) -m pytest $(ARGS)
+
+check: setup ## lint, format, types, import directions, generated code
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	$(PY) -m pytest tests/unit/test_architecture.py
+	@$(MAKE) --no-print-directory protos-check
+
+format: setup ## fix lint and format in place
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+protos: setup ## regenerate the Python of the wire contracts
+	$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+protos-check: setup ## fail when the committed wire code differs from the contracts
+	@out=$$(mktemp -d) && trap 'rm -rf $$out' EXIT && \
+	$(PY) -m grpc_tools.protoc -I. --python_out=$$out --pyi_out=$$out --grpc_python_out=$$out $(PROTOS) && \
+	for f in $$out/protos/*; do diff -u protos/$$(basename $$f) $$f || \
+	  { echo "protos/ is out of date: run 'make protos'" >&2; exit 1; }; done && echo "protos: up to date"
+
+demo-model: setup ## train models/demo again from the standard library's sources
+	$(PY) -m models.train_demo $(ARGS)
+
+bench: setup ## measure expertfleet beside transformers; writes docs/performance figures
+	$(PY) -m benchmarks.run $(ARGS)
+
+clean: ## remove what set-up and runs have made
+	rm -rf .venv .expertfleet .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
