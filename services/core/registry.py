@@ -6,7 +6,7 @@ The registry is never needed for correctness: a reader goes on with what it last
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -65,6 +65,20 @@ class FleetSnapshot:
 
     workers: tuple[WorkerRecord, ...] = ()
     shards: tuple[ShardRecord, ...] = ()
+
+    @staticmethod
+    def of(records: Iterable[WorkerRecord | ShardRecord]) -> FleetSnapshot:
+        """A snapshot with the records in the order of their ids."""
+        ordered = sorted(records, key=lease_id)
+        return FleetSnapshot(
+            workers=tuple(record for record in ordered if isinstance(record, WorkerRecord)),
+            shards=tuple(record for record in ordered if isinstance(record, ShardRecord)),
+        )
+
+
+def lease_id(record: WorkerRecord | ShardRecord) -> str:
+    """The id a lease is kept and removed under."""
+    return record.worker_id if isinstance(record, WorkerRecord) else record.shard_id
 
 
 class Registry(Protocol):

@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     step_sample_interval: int = Field(64, ge=1, description="one step in so many is traced whole")
     trace_file_max_bytes: int = Field(64 << 20, ge=1 << 16)
 
+    def as_environment(self) -> dict[str, str]:
+        """The variables that make a child process load these same settings."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {f"EXPERTFLEET_{name.upper()}": str(value) for name, value in values.items()}
+
     def override(self, **values: Any) -> Settings:
         """A validated copy with the given fields replaced; None values are left as they are."""
         changed = {key: value for key, value in values.items() if value is not None}

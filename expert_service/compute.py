@@ -1,0 +1,174 @@
+"""The compute thread: the only one that runs torch once the weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expert_service.frame_queue import FrameQueue
+from expert_service.held_experts import HeldExperts
+from services.core.errors import ExpertfleetError, MalformedFrameError, NonFiniteError
+from services.core.expert_ffn import MoeInput, moe_forward_each
+from services.core.wire import RequestFrame
+
+_STOP_TIMEOUT_S = 1.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """A frame to compute."""
+
+    frame: RequestFrame
+    arrived_ns: int
+    """Of `time.perf_counter_ns`."""
+    is_wanted: Callable[[], bool]
+    """False once nobody waits for the answer; the frame is then skipped."""
+    on_done: Callable[[Outcome], None]
+    """Called by whoever `deliver` hands the outcome to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What became of a job: rows on the CPU, or an error. `batch_rows` counts the assignments
+    that were computed together."""
+
+    job: Job
+    result: Tensor | ExpertfleetError
+    queue_us: int
+    compute_us: int
+    batch_rows: int
+
+
+class ComputeThread:
+    """Takes jobs from any thread and hands outcomes, a batch at a time, to `deliver`.
+
+    `deliver` is called on the compute thread and must not block. A job that is no longer wanted
+    gets no outcome.
+    """
+
+    def __init__(
+        self,
+        experts: HeldExperts,
+        *,
+        num_threads: int,
+        deliver: Callable[[Sequence[Outcome]], None],
+    ) -> None:
+        self._experts = experts
+        self._num_threads = num_threads
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._inbox.put(job)
+
+    def stop(self) -> None:
+        """End the thread after the batch in hand; what waits is dropped. Blocks 1 s at most."""
+        self._inbox.put(None)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)  # OpenMP keeps this per calling thread
+        waiting: FrameQueue[Job] = FrameQueue()
+        while self._receive(waiting):
+            jobs = [job for job in waiting.take() if job.is_wanted()]
+            if jobs:
+                self._deliver(self._compute(jobs))
+
+    def _receive(self, waiting: FrameQueue[Job]) -> bool:
+        """Move everything sent so far into `waiting`; block while there is nothing to do."""
+        while len(waiting) == 0 or not self._inbox.empty():
+            job = self._inbox.get()
+            if job is None:
+                return False
+            waiting.add(job.frame.layer, job)
+        return True
+
+    def _compute(self, jobs: Sequence[Job]) -> list[Outcome]:
+        started_ns = time.perf_counter_ns()
+        results = _compute_frames(self._experts, [job.frame for job in jobs])
+        compute_us = (time.perf_counter_ns() - started_ns) // 1000
+        batch_rows = sum(len(job.frame.assignments.token_rows) for job in jobs)
+        return [
+            Outcome(
+                job=job,
+                result=result,
+                queue_us=(started_ns - job.arrived_ns) // 1000,
+                compute_us=compute_us,
+                batch_rows=batch_rows,
+            )
+            for job, result in zip(jobs, results, strict=True)
+        ]
+
+
+def _compute_frames(
+    held: HeldExperts, frames: Sequence[RequestFrame]
+) -> list[Tensor | ExpertfleetError]:
+    """Rows or an error for every frame; one frame's fault is not another's."""
+    results: list[Tensor | ExpertfleetError] = [_check_finite(frame) for frame in frames]
+    good = [i for i, result in enumerate(results) if isinstance(result, Tensor)]
+    try:
+        outputs = _moe_forward(held, [frames[i] for i in good])
+    except Exception as error:
+        if len(good) > 1:
+            return [_compute_frames(held, [frame])[0] for frame in frames]
+        _logger.exception("layer %d could not be computed", frames[good[0]].layer)
+        results[good[0]] = ExpertfleetError(
+            f"layer {frames[good[0]].layer} could not be computed: {type(error).__name__}: {error}"
+        )
+        return results
+    for i, output in zip(good, outputs, strict=True):
+        results[i] = output if _is_finite(output) else _overflow_error(frames[i])
+    return results
+
+
+def _moe_forward(held: HeldExperts, frames: Sequence[RequestFrame]) -> list[Tensor]:
+    if not frames:
+        return []
+    inputs = [
+        MoeInput(
+            hidden_states=frame.hidden_states.to(held.device),
+            assignments=frame.assignments.to(held.device),
+            combine=frame.combine,
+        )
+        for frame in frames
+    ]
+    return [output.cpu() for output in moe_forward_each(held.layers[frames[0].layer], inputs)]
+
+
+def _check_finite(frame: RequestFrame) -> Tensor | ExpertfleetError:
+    if _is_finite(frame.hidden_states):
+        return frame.hidden_states
+    bad_rows = (~torch.isfinite(frame.hidden_states)).any(dim=1).nonzero().flatten().tolist()
+    return MalformedFrameError(
+        f"hidden_states has NaN or infinity in rows {bad_rows[:8]} of layer {frame.layer}"
+    )
+
+
+def _overflow_error(frame: RequestFrame) -> NonFiniteError:
+    return NonFiniteError(
+        f"experts {list(frame.assignments.expert_ids)} of layer {frame.layer} gave NaN or infinity "
+        f"in {frame.hidden_states.dtype} for finite hidden_states; a wider dtype may help",
+        layer=frame.layer,
+        where="expert",
+    )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """NaN and infinity spread to the sum; a sum may also overflow by itself, so look again."""
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(
+        torch.isfinite(values).all()
+    )

@@ -1,0 +1,258 @@
+"""The Dispatch call: frames in, answers out, faults told without breaking the stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import grpc.aio
+import torch
+from grpc.aio import EOF  # type: ignore[attr-defined]
+
+from expert_service.byte_budget import ByteBudget
+from expert_service.compute import ComputeThread, Job, Outcome
+from expert_service.frame_spans import FrameSpans
+from expert_service.held_experts import HeldExperts
+from expert_service.worker_stats import WorkerStats
+from protos import experts_pb2
+from services.core.errors import (
+    DrainingError,
+    ExpertfleetError,
+    FrameTooLargeError,
+    MalformedFrameError,
+    UnknownExpertError,
+)
+from services.core.wire import RequestFrame, decode_request, encode_error, encode_response
+
+MAX_FRAMES_IN_HAND = 4
+"""Times the largest frame: the bytes of requests that all streams together may have in hand."""
+
+_STATUS_OF_ERROR: tuple[tuple[type[ExpertfleetError], experts_pb2.DispatchStatus], ...] = (
+    (FrameTooLargeError, experts_pb2.DISPATCH_STATUS_TOO_LARGE),
+    (UnknownExpertError, experts_pb2.DISPATCH_STATUS_UNKNOWN_EXPERT),
+    (DrainingError, experts_pb2.DISPATCH_STATUS_DRAINING),
+    (MalformedFrameError, experts_pb2.DISPATCH_STATUS_INVALID_FRAME),
+)
+StreamContext = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class DispatchService:
+    """Serves streams on the event loop; torch runs on the compute thread alone.
+
+    Frames are refused until `open`, and from `drain` on. One stream may have the bytes of one
+    largest frame in hand, all together `MAX_FRAMES_IN_HAND` of them; past that, streams are not
+    read, which the transport's flow control passes on to the sender.
+    """
+
+    def __init__(self, *, max_frame_bytes: int, stats: WorkerStats, spans: FrameSpans) -> None:
+        self._max_frame_bytes = max_frame_bytes
+        self._stats = stats
+        self._spans = spans
+        self._accepted = ByteBudget(MAX_FRAMES_IN_HAND * max_frame_bytes)
+        self._streams: set[_Stream] = set()
+        self._experts: HeldExperts | None = None
+        self._compute: ComputeThread | None = None
+        self._is_draining = False
+
+    def open(self, experts: HeldExperts, *, num_threads: int) -> None:
+        """Take frames from now on. Call on the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(outcomes: Sequence[Outcome]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone: so are all streams
+                loop.call_soon_threadsafe(self._hand_out, outcomes)
+
+        self._compute = ComputeThread(experts, num_threads=num_threads, deliver=deliver)
+        self._compute.start()
+        self._experts = experts
+
+    async def drain(self) -> None:
+        """Refuse new frames; when everything accepted is answered, end all streams."""
+        self._is_draining = True
+        await self._accepted.wait_until_empty()
+        for stream in self._streams:
+            stream.end_when_answered()
+
+    def close(self) -> None:
+        """Stop computing. Blocks until the batch in hand is done, a second at most."""
+        if self._compute is not None:
+            self._compute.stop()
+            self._compute = None
+
+    async def dispatch(self, _requests: AsyncIterator[bytes], context: StreamContext) -> None:
+        """Handle one stream, until its client ends it or the worker is drained."""
+        stream = _Stream(self._max_frame_bytes, self._accepted)
+        self._streams.add(stream)
+        reading = asyncio.create_task(self._read(context, stream))
+        try:
+            while (answer := await stream.next_answer()) is not None:
+                await context.write(answer.frame)
+                stream.release(answer)
+            if reading.done():
+                reading.result()
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+            reading.cancel()
+
+    async def _read(self, context: StreamContext, stream: _Stream) -> None:
+        try:
+            while True:
+                await stream.wait_for_room()
+                frame = await context.read()
+                if frame is EOF:
+                    return
+                self._accept(frame, stream)
+        finally:
+            stream.end_when_answered()
+
+    def _accept(self, frame_bytes: bytes, stream: _Stream) -> None:
+        arrived_ns = time.perf_counter_ns()
+        call_id = 0
+        stream.take(len(frame_bytes))
+        try:
+            frame = decode_request(frame_bytes, max_frame_bytes=self._max_frame_bytes)
+            call_id = frame.call_id
+            compute = self._check(frame)
+        except ExpertfleetError as error:
+            refusal = self._error_frame(error.details.get("call_id", call_id), error)
+            stream.put_answer(_Answer(frame=refusal, request_bytes=len(frame_bytes)))
+            return
+        stream.accept(len(frame_bytes))
+        compute.submit(
+            Job(
+                frame=frame,
+                arrived_ns=arrived_ns,
+                is_wanted=stream.is_open,
+                on_done=lambda outcome: self._answer(stream, outcome, len(frame_bytes)),
+            )
+        )
+
+    def _check(self, frame: RequestFrame) -> ComputeThread:
+        """The thread to compute on; raises what the frame asks for in vain."""
+        if self._is_draining:
+            raise DrainingError("this worker is draining; send the frame to another")
+        if self._experts is None or self._compute is None:
+            raise UnknownExpertError("this worker is still loading; send the frame to another")
+        self._experts.check_slots(frame.layer, frame.assignments.expert_ids)
+        check_rows(frame, self._experts.dtype, self._experts.hidden_size)
+        return self._compute
+
+    def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            outcome.job.on_done(outcome)
+        # Counted in the loop's next round, after the answers are written.
+        asyncio.get_running_loop().call_soon(self._record, outcomes)
+
+    def _answer(self, stream: _Stream, outcome: Outcome, num_bytes: int) -> None:
+        frame, result = outcome.job.frame, outcome.result
+        if isinstance(result, ExpertfleetError):
+            response = self._error_frame(frame.call_id, result)
+        else:
+            response = encode_response(
+                call_id=frame.call_id,
+                hidden_states=result,
+                queue_us=outcome.queue_us,
+                compute_us=outcome.compute_us,
+            )
+        stream.put_answer(
+            _Answer(frame=response, request_bytes=num_bytes, accepted_bytes=num_bytes)
+        )
+
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if not isinstance(outcome.result, ExpertfleetError):
+                self._stats.record_computed(outcome)
+                self._spans.record(outcome)
+
+    def _error_frame(self, call_id: int, error: ExpertfleetError) -> bytes:
+        status = next(
+            (status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind)),
+            experts_pb2.DISPATCH_STATUS_INTERNAL,
+        )
+        self._stats.record_refused(status)
+        return encode_error(call_id=call_id, status=status, error=error.message)
+
+
+def check_rows(frame: RequestFrame, dtype: torch.dtype, hidden_size: int) -> None:
+    """Raise `MalformedFrameError` unless the rows are of the worker's width and dtype."""
+    rows = frame.hidden_states
+    if rows.dtype != dtype:
+        raise MalformedFrameError(
+            f"hidden_states is {rows.dtype}, but this worker computes in {dtype}"
+        )
+    if rows.shape[1] != hidden_size:
+        raise MalformedFrameError(
+            f"hidden_size is {rows.shape[1]}, but the model's is {hidden_size}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """A response, and the bytes of its request that are in hand until it is written."""
+
+    frame: bytes
+    request_bytes: int
+    accepted_bytes: int = 0
+
+
+class _Stream:
+    """One client's stream: the bytes it has in hand, and the answers that wait to be written.
+
+    Every frame counts against the stream's own bound, frames accepted for computing also against
+    the one that all streams share.
+    """
+
+    def __init__(self, max_bytes: int, accepted: ByteBudget) -> None:
+        self._in_hand = ByteBudget(max_bytes)
+        self._accepted = accepted
+        self._accepted_bytes = 0
+        self._answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        self._is_open = True
+        self._is_ending = False
+
+    def is_open(self) -> bool:
+        return self._is_open
+
+    async def wait_for_room(self) -> None:
+        await self._in_hand.wait_for_room()
+        await self._accepted.wait_for_room()
+
+    def take(self, num_bytes: int) -> None:
+        self._in_hand.take(num_bytes)
+
+    def accept(self, num_bytes: int) -> None:
+        self._accepted_bytes += num_bytes
+        self._accepted.take(num_bytes)
+
+    def put_answer(self, answer: _Answer) -> None:
+        if self._is_open:
+            self._answers.put_nowait(answer)
+
+    async def next_answer(self) -> _Answer | None:
+        """The next answer to write; None when the stream is to end."""
+        return await self._answers.get()
+
+    def release(self, answer: _Answer) -> None:
+        """The answer is written: its request is no longer in hand."""
+        self._in_hand.release(answer.request_bytes)
+        self._accepted_bytes -= answer.accepted_bytes
+        self._accepted.release(answer.accepted_bytes)
+        self._end_if_answered()
+
+    def end_when_answered(self) -> None:
+        self._is_ending = True
+        self._end_if_answered()
+
+    def close(self) -> None:
+        """Drop what is in hand; answers that still come are dropped too."""
+        self._is_open = False
+        self._accepted.release(self._accepted_bytes)
+        self._accepted_bytes = 0
+
+    def _end_if_answered(self) -> None:
+        if self._is_ending and not self._in_hand.in_hand_bytes:
+            self._answers.put_nowait(None)

@@ -1,0 +1,108 @@
+"""The experts a worker holds, and how they get into memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.core.checkpoint import Checkpoint
+from services.core.errors import UnknownExpertError
+from services.core.expert_ffn import PackedExpert, computed_digest, weight_format
+from services.core.registry import Slot
+
+_PROGRESS_EVERY_S = 2.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldExperts:
+    """`layers` maps layer -> expert -> weights; `digests` has the same slots."""
+
+    layers: Mapping[int, Mapping[int, PackedExpert]]
+    digests: Mapping[Slot, bytes]
+    dtype: torch.dtype
+    device: torch.device
+    hidden_size: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(e.weight_bytes for experts in self.layers.values() for e in experts.values())
+
+    def check_slots(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Raise `UnknownExpertError` naming what is not held."""
+        experts = self.layers.get(layer)
+        if experts is None:
+            raise UnknownExpertError(
+                f"layer {layer} is not held here; this worker has {_ranges(sorted(self.layers))}"
+            )
+        missing = [expert for expert in expert_ids if expert not in experts]
+        if missing:
+            raise UnknownExpertError(
+                f"experts {missing} of layer {layer} are not held here; this worker has "
+                f"{_ranges(sorted(experts))}"
+            )
+
+
+class LoadingCancelledError(Exception):
+    """The worker was told to end while it was still loading."""
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    slots: Sequence[Slot],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    cancelled: threading.Event,
+) -> HeldExperts:
+    """Read, pack and release the slots' tensors one expert after the other.
+
+    Raises `CheckpointError` naming file and tensor, `UnsupportedModelError`, or
+    `LoadingCancelledError` between two experts after `cancelled` was set.
+    """
+    layers: dict[int, dict[int, PackedExpert]] = {}
+    digests: dict[Slot, bytes] = {}
+    checkpoint.require(slots=slots, non_expert=False)
+    next_log = time.monotonic() + _PROGRESS_EVERY_S
+    for done, (layer, expert) in enumerate(slots):
+        if cancelled.is_set():
+            raise LoadingCancelledError
+        layers.setdefault(layer, {})[expert] = PackedExpert(
+            checkpoint.expert(layer, expert),
+            dtype=dtype,
+            device=device,
+            hidden_act=checkpoint.config.hidden_act,
+        )
+        stored_digest = checkpoint.slot_digest(layer, expert)
+        digests[layer, expert] = computed_digest(stored_digest, weight_format(dtype))
+        if time.monotonic() >= next_log:
+            _logger.info(
+                "loaded %d of %d experts, %d MB read",
+                done + 1,
+                len(slots),
+                checkpoint.bytes_read // 1_000_000,
+            )
+            next_log = time.monotonic() + _PROGRESS_EVERY_S
+    return HeldExperts(
+        layers=layers,
+        digests=digests,
+        dtype=dtype,
+        device=device,
+        hidden_size=checkpoint.config.hidden_size,
+    )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Ascending indices as text: 0-3,7."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

@@ -1,0 +1,75 @@
+"""Keeps the worker's lease in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from services.core.errors import UnavailableError
+from services.core.registry import Registry, WorkerRecord
+
+_logger = logging.getLogger(__name__)
+
+
+class WorkerLease:
+    """Publishes `make_record()` at once, then each heartbeat, and at every `publish`.
+
+    A store that is away is logged once and tried again at the next heartbeat: the worker goes on,
+    and shards go on with what they last saw.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        make_record: Callable[[], WorkerRecord],
+        *,
+        heartbeat_s: float,
+        lease_s: float,
+    ) -> None:
+        self._registry = registry
+        self._make_record = make_record
+        self._heartbeat_s = heartbeat_s
+        self._lease_s = lease_s
+        self._is_away = False
+        self._publishing = asyncio.Lock()
+        self._heart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.publish()
+        self._heart = asyncio.create_task(self._beat(), name="heartbeat")
+
+    async def publish(self) -> None:
+        """Write the lease as things are now; a store that is away is not an error."""
+        async with self._publishing:
+            try:
+                await self._registry.publish(self._make_record(), self._lease_s)
+            except UnavailableError as error:
+                if not self._is_away:
+                    _logger.warning("the lease could not be written, trying on: %s", error.message)
+                self._is_away = True
+                return
+        if self._is_away:
+            _logger.info("the lease is written again")
+        self._is_away = False
+
+    async def end(self, worker_id: str) -> None:
+        """Drop the lease and stop beating."""
+        if self._heart is not None:
+            self._heart.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._heart
+        try:
+            await self._registry.remove(worker_id)
+        except UnavailableError as error:
+            _logger.warning(
+                "the lease could not be removed and will run out in %.0f s: %s",
+                self._lease_s,
+                error.message,
+            )
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            await self.publish()

@@ -1,0 +1,145 @@
+"""Start an expert worker process and see it through to its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Sequence
+
+import torch
+import uvloop
+
+from expert_service.dispatch import DispatchService
+from expert_service.frame_spans import FrameSpans
+from expert_service.server import join_host_port
+from expert_service.slots import parse_indices
+from expert_service.worker import ExpertWorker, WorkerOptions
+from expert_service.worker_stats import WorkerStats
+from services.core.errors import CheckpointError, ConfigurationError
+from services.core.logging_setup import configure_logging
+from services.core.metrics import MetricsServer, new_registry
+from services.core.redis_registry import RedisRegistry
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.core.telemetry import SERVICE_WORKER
+from services.core.tracing import configure_tracing
+
+EXIT_OK = 0
+EXIT_UNANSWERED = 1
+EXIT_BAD_INPUT = 2
+"""A setting or the checkpoint cannot be used; starting again would not help."""
+
+_WILDCARD_HOSTS = ("", "0.0.0.0", "::", "[::]")
+_logger = logging.getLogger(__name__)
+
+
+def run_worker(
+    settings: Settings,
+    *,
+    experts: str | Sequence[int],
+    layers: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    worker_id: str | None = None,
+    metrics_port: int = 0,
+    advertised_host: str | None = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT and return the exit status. Blocks; call in the main thread.
+
+    `experts` and `layers` are like "0,1,4-6" (`layers` None: all of them). A second signal ends
+    the process at once.
+    """
+    worker_id = worker_id or f"worker-{secrets.token_hex(4)}"
+    configure_logging(settings.log_level, service="worker", instance=worker_id)
+    num_threads = settings.num_threads or _fitted_threads()
+    torch.set_num_threads(num_threads)
+    torch.set_num_interop_threads(1)
+    try:
+        options = WorkerOptions(
+            worker_id=worker_id,
+            experts=_indices(experts, "experts"),
+            layers=_indices(layers, "layers") if layers is not None else None,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            advertised_host=advertised_host or _reachable_host(host),
+            num_threads=num_threads,
+        )
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            is_drained = runner.run(serve(settings, options))
+    except (ConfigurationError, CheckpointError) as error:
+        _logger.error("%s", error.message)
+        return EXIT_BAD_INPUT
+    return EXIT_OK if is_drained else EXIT_UNANSWERED
+
+
+async def serve(settings: Settings, options: WorkerOptions) -> bool:
+    """Build the worker with what the settings name and run it until a signal."""
+    collectors = new_registry()
+    stats = WorkerStats(collectors)
+    async with contextlib.AsyncExitStack() as cleanup:
+        tracing = configure_tracing(settings, SERVICE_WORKER, instance_id=options.worker_id)
+        cleanup.callback(tracing.shutdown)
+        metrics = MetricsServer(collectors, options.host, options.metrics_port)
+        cleanup.callback(metrics.close)
+        registry: Registry | None = None
+        if settings.redis_url:
+            redis = RedisRegistry(settings.redis_url, fleet=settings.fleet)
+            cleanup.push_async_callback(redis.close)
+            registry = redis
+        dispatch = DispatchService(
+            max_frame_bytes=settings.max_frame_bytes,
+            stats=stats,
+            spans=FrameSpans(tracing.tracer, worker_id=options.worker_id),
+        )
+        worker = ExpertWorker(
+            settings,
+            options,
+            dispatch=dispatch,
+            stats=stats,
+            registry=registry,
+            metrics_endpoint=join_host_port(options.advertised_host, metrics.port),
+        )
+        _stop_on_signals(worker)
+        return await worker.run()
+
+
+def _stop_on_signals(worker: ExpertWorker) -> None:
+    loop = asyncio.get_running_loop()
+    seen: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        if seen:
+            _logger.warning("second signal (%s): ending at once", number.name)
+            logging.shutdown()
+            os._exit(128 + number)
+        seen.append(number)
+        _logger.info("%s received", number.name)
+        worker.request_stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+def _indices(given: str | Sequence[int], setting: str) -> tuple[int, ...]:
+    return parse_indices(given, setting=setting) if isinstance(given, str) else tuple(given)
+
+
+def _fitted_threads() -> int:
+    """One core is left for the event loop, which would otherwise wait for torch."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def _reachable_host(host: str) -> str:
+    """Where others reach a worker that listens on `host`: its own address, if on all."""
+    if host not in _WILDCARD_HOSTS:
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return socket.gethostname()

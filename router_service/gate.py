@@ -1,0 +1,26 @@
+"""The MoE gate: which experts a token goes to, and how much each counts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class TopKGate:
+    """Softmax over all experts, top k, renormalised (Jiang et al. 2024, Mixtral of Experts).
+
+    The linear is in the model's dtype, the softmax in float32; with k = 1 every weight is 1.
+    """
+
+    def __init__(self, weight: Tensor, *, num_experts_per_tok: int) -> None:
+        self._weight = weight
+        self._num_experts_per_tok = num_experts_per_tok
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> topk_ids int64 [T, K], topk_weights float32 [T, K], best first."""
+        router_logits = F.linear(hidden_states, self._weight)
+        probabilities = torch.softmax(router_logits, dim=-1, dtype=torch.float32)
+        topk_weights, topk_ids = torch.topk(probabilities, self._num_experts_per_tok, dim=-1)
+        topk_weights /= topk_weights.sum(dim=-1, keepdim=True)
+        return topk_ids, topk_weights

@@ -1,0 +1,281 @@
+"""An attention shard put together: model, experts, sessions, engine, telemetry, lease.
+
+It is the `ShardClient` of a gateway in the same process, and what Ray's deployment wraps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from hashlib import blake2b
+
+import torch
+
+from router_service.decoder import MixtralDecoder
+from router_service.dispatcher import RemoteExperts
+from router_service.engine import Engine
+from router_service.engine_stats import EngineMetrics, EngineStats
+from router_service.kv_cache import KVCache
+from router_service.local_experts import LocalExperts
+from router_service.loop_thread import LoopThread
+from router_service.sampler import Sampler
+from router_service.session_tier import SessionTier
+from router_service.step_plan import SchedulerConfig
+from services.core.checkpoint import Checkpoint
+from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
+from services.core.lease import Lease
+from services.core.logging_setup import configure_logging
+from services.core.memory_registry import MemoryRegistry
+from services.core.metrics import MetricsServer, new_registry
+from services.core.model_config import ModelConfig
+from services.core.redis_registry import RedisRegistry
+from services.core.registry import Registry, ShardRecord, Slot
+from services.core.settings import Settings
+from services.core.static_registry import StaticRegistry, parse_endpoints
+from services.core.telemetry import SERVICE_SHARD
+from services.core.tensor_codec import dtype_name, resolve_device, torch_dtype
+from services.core.tracing import Tracing, configure_tracing
+from services.sessions.redis_store import RedisSessionStore
+from services.sessions.store import BlockLayout
+
+log = logging.getLogger(__name__)
+
+
+class AttentionShard:
+    """A running engine and what belongs to it. Made by `start`, ended by `stop`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        shard_id: str,
+        sessions: SessionTier | None,
+        tracing: Tracing,
+        metrics: MetricsServer,
+        lease_registry: Registry,
+        settings: Settings,
+    ) -> None:
+        self._engine = engine
+        self._shard_id = shard_id
+        self._sessions = sessions
+        self._tracing = tracing
+        self._metrics = metrics
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._started_at = time.time()
+        # On a thread of its own: a long step must not cost the lease.
+        self._lease_thread = LoopThread("lease")
+        self._lease = Lease(
+            lease_registry,
+            self._record,
+            heartbeat_s=settings.heartbeat_s,
+            lease_s=settings.lease_s,
+        )
+
+    @classmethod
+    def start(cls, settings: Settings, *, in_process_experts: bool) -> AttentionShard:
+        """Load the model, find the experts, start the engine. Blocks until it could serve.
+
+        Raises `CheckpointError`, `ConfigurationError`, or `UnavailableError` naming the experts
+        that no worker holds after `expert_wait_s`.
+        """
+        shard_id = f"shard-{secrets.token_hex(4)}"
+        configure_logging(settings.log_level, service="shard", instance=shard_id)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        tracing = configure_tracing(settings, SERVICE_SHARD, instance_id=shard_id)
+        collectors = new_registry()
+        checkpoint = Checkpoint.open(settings.model)
+        config = checkpoint.config
+        device = resolve_device(settings.device)
+        dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
+        checkpoint.require(non_expert=True)
+        decoder = MixtralDecoder.load(checkpoint, dtype=dtype, device=device)
+        thread = LoopThread("engine")
+        experts: LocalExperts | RemoteExperts
+        if in_process_experts or not config.is_moe:
+            experts = LocalExperts.load(
+                checkpoint, dtype=dtype, device=device, tracer=tracing.tracer, metrics=collectors
+            )
+        else:
+            experts = RemoteExperts(
+                config,
+                registry=_registry(settings),
+                dtype=dtype,
+                expert_wait_s=settings.expert_wait_s,
+                call_timeout_s=settings.call_timeout_s,
+                max_frame_bytes=settings.max_frame_bytes,
+                local_host=socket.gethostname(),
+                tracer=tracing.tracer,
+                metrics=collectors,
+            )
+            thread.start()
+            thread.run_blocking(experts.wait_ready())
+        fingerprint = model_fingerprint(
+            config, checkpoint.non_expert_digest(), experts.slot_digests()
+        )
+        num_blocks = KVCache.num_blocks_for(
+            config, settings.kv_cache_bytes, settings.block_size, dtype
+        )
+        sessions = _session_tier(settings, config, dtype, fingerprint)
+        engine = Engine(
+            config=config,
+            scheduler_config=SchedulerConfig(
+                block_size=settings.block_size,
+                num_blocks=num_blocks,
+                max_model_len=settings.max_model_len or config.max_position_embeddings,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_waiting_tokens=settings.max_waiting_tokens,
+            ),
+            decoder=decoder,
+            kv_cache=KVCache(
+                config,
+                num_blocks=num_blocks,
+                block_size=settings.block_size,
+                dtype=dtype,
+                device=device,
+            ),
+            experts=experts,
+            sampler=Sampler(),
+            model_fingerprint=fingerprint,
+            device=device,
+            num_micro_batches=settings.num_micro_batches,
+            num_threads=settings.num_threads,
+            session_tier=sessions,
+            tracer=tracing.tracer,
+            step_sample_interval=settings.step_sample_interval,
+            metrics=EngineMetrics(collectors),
+            thread=thread,
+        )
+        shard = cls(
+            engine,
+            shard_id=shard_id,
+            sessions=sessions,
+            tracing=tracing,
+            metrics=MetricsServer(collectors, "127.0.0.1", 0),
+            lease_registry=_registry(settings),
+            settings=settings,
+        )
+        engine.start()
+        shard._start_lease()
+        log.info(
+            "%s on %s in %s, %d KV blocks of %d tokens",
+            checkpoint.name,
+            device,
+            dtype_name(dtype),
+            num_blocks,
+            settings.block_size,
+        )
+        return shard
+
+    async def stop(self) -> None:
+        """Let running requests finish within `drain_timeout_s`, then end everything."""
+        await self._lease_thread.run(self._lease.end(self._shard_id))
+        await self._lease_thread.stop()
+        await self._engine.stop(self._drain_timeout_s)
+        self._metrics.close()
+        self._tracing.shutdown()
+
+    def stop_now(self) -> None:
+        """`stop`, from code without an event loop."""
+        asyncio.run(self.stop())
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[tuple[GenerationDelta, ...]]:
+        return self._engine.generate(request)
+
+    async def get_session(self, tenant: str, session_id: str) -> SessionInfo | None:
+        if self._sessions is None:
+            return None
+        return await self._sessions.get_session(tenant, session_id)
+
+    async def delete_session(self, tenant: str, session_id: str) -> bool:
+        if self._sessions is None:
+            return False
+        return await self._sessions.delete_session(tenant, session_id)
+
+    async def check_ready(self) -> None:
+        self._engine.check_ready()
+
+    def check_alive(self) -> None:
+        """Raise `UnavailableError` when the engine has died; waiting for experts is no death."""
+        self._engine.check_alive()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def _start_lease(self) -> None:
+        self._lease_thread.start()
+        self._lease_thread.run_blocking(self._lease.start())
+
+    def _record(self) -> ShardRecord:
+        stats = self._engine.stats()
+        load: dict[Slot, int] = {
+            (layer, expert): int(tokens)
+            for layer, row in enumerate(stats.expert_load.tolist())
+            for expert, tokens in enumerate(row)
+            if tokens
+        }
+        return ShardRecord(
+            shard_id=self._shard_id,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started_at=self._started_at,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            waiting_tokens=stats.waiting_tokens,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_total=stats.kv_blocks_total,
+            num_generated_tokens=stats.num_generated_tokens,
+            num_prefilled_tokens=stats.num_prefilled_tokens,
+            metrics_endpoint=self._metrics.endpoint,
+            expert_load=load,
+        )
+
+
+def model_fingerprint(
+    config: ModelConfig, non_expert_digest: bytes, slot_digests: Mapping[Slot, bytes]
+) -> bytes:
+    """16 bytes that differ when config, attention weights or any expert's weights differ.
+
+    Experts' digests come from the workers, so no process reads weights it does not serve.
+    """
+    digest = blake2b(repr(config).encode(), digest_size=16)
+    digest.update(non_expert_digest)
+    for slot in sorted(slot_digests):
+        digest.update(repr(slot).encode() + slot_digests[slot])
+    return digest.digest()
+
+
+def _registry(settings: Settings) -> Registry:
+    """The static list where one is given, else Redis, else this process alone."""
+    if settings.workers:
+        return StaticRegistry(parse_endpoints(settings.workers))
+    if settings.redis_url is not None:
+        return RedisRegistry(settings.redis_url, fleet=settings.fleet)
+    return MemoryRegistry()
+
+
+def _session_tier(
+    settings: Settings, config: ModelConfig, dtype: torch.dtype, fingerprint: bytes
+) -> SessionTier | None:
+    if settings.redis_url is None:
+        return None
+    layout = BlockLayout(
+        model_fingerprint=fingerprint,
+        num_layers=config.num_hidden_layers,
+        block_size=settings.block_size,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=dtype_name(dtype),
+    )
+    return SessionTier(
+        RedisSessionStore(settings.redis_url, fleet=settings.fleet, layout=layout),
+        layout=layout,
+        queue_bytes=settings.session_queue_bytes,
+        default_ttl_s=settings.session_ttl_s,
+    )

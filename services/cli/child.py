@@ -1,0 +1,147 @@
+"""A supervised child process: started, watched, restarted with back-off, ended for certain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.core.errors import ExpertfleetError
+
+log = logging.getLogger(__name__)
+
+EXIT_BAD_INPUT = 2
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 10.0
+STABLE_AFTER_S = 30.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """What to run. `environment` is added to the launcher's own."""
+
+    name: str
+    command: Sequence[str]
+    log_file: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class ChildFailedError(ExpertfleetError):
+    """A child refused its input (exit status 2) or could not be started."""
+
+
+class Child:
+    """Runs `spec` until stopped. A death is followed by a restart, save after bad input.
+
+    `on_event` hears of starts and deaths in words. The child leads a process group of its own, gets
+    SIGTERM when the launcher dies, and is ended together with what it started.
+    """
+
+    def __init__(self, spec: ChildSpec, on_event: Callable[[str], None] = log.warning) -> None:
+        self.spec = spec
+        self.num_restarts = 0
+        self.failure: ChildFailedError | None = None
+        self._on_event = on_event
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch-{self.spec.name}")
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def check(self) -> None:
+        """Raise what made the child give up for good, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def last_words(self, num_lines: int = 8) -> str:
+        """The end of the child's log."""
+        try:
+            lines = self.spec.log_file.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-num_lines:])
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL for the whole group after `timeout_s`."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            _signal(process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), timeout_s)
+        if process is not None:
+            _signal_group(process.pid, signal.SIGKILL)
+            if process.returncode is None:
+                await process.wait()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+
+    async def _spawn(self) -> None:
+        with self.spec.log_file.open("ab") as log_file:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=os.environ | self.spec.environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    async def _watch(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            assert self._process is not None
+            started = time.monotonic()
+            status = await self._process.wait()
+            if self._stopping:
+                return
+            _signal_group(self._process.pid, signal.SIGKILL)
+            if status == EXIT_BAD_INPUT:
+                self.failure = ChildFailedError(
+                    f"{self.spec.name} gave up:\n{self.last_words()}\n(log: {self.spec.log_file})"
+                )
+                return
+            if time.monotonic() - started > STABLE_AFTER_S:
+                backoff_s = FIRST_BACKOFF_S
+            self._on_event(
+                f"{self.spec.name} ended ({_reason(status)}); restart in {backoff_s:.1f} s"
+            )
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            self.num_restarts += 1
+            await self._spawn()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _reason(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

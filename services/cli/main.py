@@ -1,0 +1,34 @@
+"""The `expertfleet` command: parses arguments and hands over to one module per subcommand."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from services.cli import chat, expert, experts, traces, up
+from services.cli.child import EXIT_BAD_INPUT
+from services.core.errors import ExpertfleetError
+
+app = typer.Typer(
+    name="expertfleet",
+    help="Serve Mixtral-family models with every expert as its own service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("up")(up.up)
+app.command("expert")(expert.expert)
+app.command("chat")(chat.chat)
+app.command("complete")(chat.complete)
+app.command("experts")(experts.experts)
+app.command("traces")(traces.traces)
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line on stderr and exit status 2."""
+    try:
+        app()
+    except ExpertfleetError as error:
+        sys.stderr.write(f"expertfleet: {error.message}\n")
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,62 @@
+"""Child of `expertfleet up`: starts Ray, deploys gateway and shards, ends both on SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from services.cli.child import EXIT_BAD_INPUT
+from services.core.errors import CheckpointError, ConfigurationError
+from services.core.logging_setup import configure_logging
+from services.core.settings import load_settings
+
+GATEWAY = "services.cli.gateway_factory:build_gateway"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in-process-experts", action="store_true")
+    parser.add_argument("--min-shards", type=int, required=True)
+    parser.add_argument("--max-shards", type=int, required=True)
+    parser.add_argument("--ray-dir", type=Path, required=True)
+    parser.add_argument("--num-gpus", type=int, default=0)
+    arguments = parser.parse_args()
+    settings = load_settings()
+    configure_logging(settings.log_level, service="expertfleet-ray", instance="host")
+    stop = threading.Event()
+    # Imported after the environment that the launcher set; it imports Ray.
+    from router_service import deployment
+
+    application = deployment.build_application(
+        settings,
+        gateway=GATEWAY,
+        min_shards=arguments.min_shards,
+        max_shards=arguments.max_shards,
+        in_process_experts=arguments.in_process_experts,
+        num_gpus_per_shard=1.0 if arguments.num_gpus >= arguments.max_shards else 0.0,
+    )
+    try:
+        deployment.start(
+            application,
+            ray_dir=arguments.ray_dir,
+            host=settings.host,
+            port=settings.port,
+            num_gpus=arguments.num_gpus,
+        )
+        # After Ray's start, which installs handlers of its own.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+    except (CheckpointError, ConfigurationError) as error:
+        sys.stderr.write(f"{error.message}\n")
+        return EXIT_BAD_INPUT
+    finally:
+        deployment.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""One expert's SwiGLU FFN (Shazeer 2020) and the sum over a token's experts.
+
+Shared by the expert worker, the in-process backend and the dense MLP, so that the same rows give
+the same bits whichever process computes them (with the same number of threads).
+
+Shapes: R rows of one expert, T tokens, A assignments, H hidden_size, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from services.core.errors import UnsupportedModelError
+from services.core.packed_linear import PackedLinear
+
+_MAX_ROWS_AT_ONCE = 1024
+
+
+class FfnWeights(Protocol):
+    """w1 [F, H] gate, w3 [F, H] up, w2 [H, F] down."""
+
+    @property
+    def w1(self) -> Tensor: ...
+    @property
+    def w2(self) -> Tensor: ...
+    @property
+    def w3(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignments:
+    """The (token, expert) pairs of one frame: ascending expert id, within it ascending row.
+
+    `token_rows` int64 [A] are rows of the frame's hidden_states, `topk_weights` float32 [A].
+    """
+
+    expert_ids: tuple[int, ...]
+    rows_per_expert: tuple[int, ...]
+    token_rows: Tensor
+    topk_weights: Tensor
+
+    def to(self, device: torch.device) -> Assignments:
+        """Its tensors on `device`, where hidden_states lies."""
+        if self.token_rows.device == device:
+            return self
+        return Assignments(
+            expert_ids=self.expert_ids,
+            rows_per_expert=self.rows_per_expert,
+            token_rows=self.token_rows.to(device),
+            topk_weights=self.topk_weights.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeInput:
+    """One frame's part of a layer: hidden_states [T, H] and who gets which row.
+
+    `combine` true gives one row per token, the sum over its experts; false gives one weighted row
+    per assignment, in their order.
+    """
+
+    hidden_states: Tensor
+    assignments: Assignments
+    combine: bool
+
+
+class PackedExpert:
+    """An expert's weights in the layout of the fastest kernel at hand (see `PackedLinear`).
+
+    The activation is fused into the first product; fusing w1 and w3 into one product measured no
+    faster. The unpacked weights are not kept, so packing expert after expert needs one expert's
+    memory more than the result.
+    """
+
+    def __init__(
+        self,
+        weights: FfnWeights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden_act: str = "silu",
+    ) -> None:
+        if hidden_act not in ("silu", "swish"):
+            raise UnsupportedModelError(
+                f"hidden_act {hidden_act!r} is not served; experts must use 'silu'"
+            )
+        self.hidden_size = int(weights.w1.shape[1])
+        self.weight_bytes = 3 * weights.w1.numel() * dtype.itemsize
+        self._gate = PackedLinear(weights.w1, dtype=dtype, device=device, silu=True)
+        self._up = PackedLinear(weights.w3, dtype=dtype, device=device)
+        self._down = PackedLinear(weights.w2, dtype=dtype, device=device)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """w2(silu(w1 x) * w3 x) of every row: [R, H] -> [R, H] in the weights' dtype."""
+        return self.forward_each([rows])[0]
+
+    def forward_each(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of several batches of rows, each with the bits it has when computed alone.
+
+        Kernels may round a row differently at another row count, so batches are not concatenated;
+        instead each weight matrix is applied to all batches while it is in the cache, which takes
+        about two thirds of the time of computing batch after batch.
+        """
+        if sum(len(rows) for rows in batches) > _MAX_ROWS_AT_ONCE:
+            return [self._forward_chunked(rows) for rows in batches]
+        return self._forward_each(batches)
+
+    def _forward_chunked(self, rows: Tensor) -> Tensor:
+        chunks = torch.split(rows, _MAX_ROWS_AT_ONCE)
+        return torch.cat([self._forward_each([chunk])[0] for chunk in chunks])
+
+    def _forward_each(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        gates = [self._gate(rows) for rows in batches]
+        for gate, rows in zip(gates, batches, strict=True):
+            gate.mul_(self._up(rows))
+        return [self._down(gate) for gate in gates]
+
+
+def weight_format(dtype: torch.dtype) -> str:
+    """What the wire calls weights that are held in an activation dtype."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "float32")
+
+
+def computed_digest(stored_digest: bytes, weight_format: str) -> bytes:
+    """16 bytes, equal for replicas of a slot that can stand in for each other."""
+    return hashlib.blake2b(stored_digest + weight_format.encode(), digest_size=16).digest()
+
+
+def moe_forward(
+    experts: Mapping[int, PackedExpert],
+    hidden_states: Tensor,
+    assignments: Assignments,
+    *,
+    combine: bool,
+) -> Tensor:
+    """The experts' part of a MoE layer for one frame: [T, H] if `combine`, else [A, H].
+
+    A weighted row is (FFN row in float32 * weight), rounded to the activation dtype; sums are in
+    the activation dtype, expert by expert in ascending id, as Hugging Face's eager experts do.
+    """
+    frame = MoeInput(hidden_states=hidden_states, assignments=assignments, combine=combine)
+    return moe_forward_each(experts, [frame])[0]
+
+
+def moe_forward_each(
+    experts: Mapping[int, PackedExpert], frames: Sequence[MoeInput]
+) -> list[Tensor]:
+    """`moe_forward` of several frames of one layer, each with the bits it has when alone."""
+    outputs = [_empty_output(frame) for frame in frames]
+    for expert_id, parts in _parts_by_expert(frames, outputs).items():
+        results = experts[expert_id].forward_each([part.rows() for part in parts])
+        for part, result in zip(parts, results, strict=True):
+            part.add_to_output(result)
+    return outputs
+
+
+class _Part(NamedTuple):
+    """Assignments start:stop of one frame, all of one expert."""
+
+    frame: MoeInput
+    output: Tensor
+    start: int
+    stop: int
+
+    def rows(self) -> Tensor:
+        if self._is_whole():
+            return self.frame.hidden_states
+        return self.frame.hidden_states[self._token_rows()]
+
+    def add_to_output(self, result: Tensor) -> None:
+        weights = self.frame.assignments.topk_weights[self.start : self.stop, None]
+        weighted = (result * weights).to(result.dtype)  # the product is in float32
+        if not self.frame.combine:
+            self.output[self.start : self.stop] = weighted
+        elif self._is_whole():
+            self.output.add_(weighted)
+        else:
+            self.output.index_add_(0, self._token_rows(), weighted)
+
+    def _token_rows(self) -> Tensor:
+        return self.frame.assignments.token_rows[self.start : self.stop]
+
+    def _is_whole(self) -> bool:
+        """Rows ascend strictly, so as many assignments as tokens are all tokens in order."""
+        return self.stop - self.start == self.frame.hidden_states.shape[0]
+
+
+def _parts_by_expert(
+    frames: Sequence[MoeInput], outputs: Sequence[Tensor]
+) -> dict[int, list[_Part]]:
+    """Parts of every expert, experts in ascending order."""
+    parts: dict[int, list[_Part]] = {}
+    for frame, output in zip(frames, outputs, strict=True):
+        start = 0
+        assigned = frame.assignments
+        for expert_id, count in zip(assigned.expert_ids, assigned.rows_per_expert, strict=True):
+            part = _Part(frame, output, start, start + count)
+            parts.setdefault(expert_id, []).append(part)
+            start += count
+    return dict(sorted(parts.items()))
+
+
+def _empty_output(frame: MoeInput) -> Tensor:
+    if frame.combine:
+        return torch.zeros_like(frame.hidden_states)
+    num_rows = len(frame.assignments.token_rows)
+    return frame.hidden_states.new_empty((num_rows, frame.hidden_states.shape[1]))

@@ -1,0 +1,47 @@
+"""How every gRPC channel and server of the dispatch wire is set up, in one place."""
+
+from __future__ import annotations
+
+SERVICE_NAME = "expertfleet.v1.ExpertService"
+DISPATCH_METHOD = f"/{SERVICE_NAME}/Dispatch"
+DESCRIBE_METHOD = f"/{SERVICE_NAME}/Describe"
+
+_INT32_MAX = 2**31 - 1
+_PING_INTERVAL_MS = 10_000
+
+GrpcOptions = list[tuple[str, int]]
+
+
+def channel_options(max_frame_bytes: int) -> GrpcOptions:
+    """Options of a client channel.
+
+    Our own bound on frames is checked by the codec and answered with a status. The transport's
+    bound is twice that: it only protects the process's memory, and breaks the stream. Pings find
+    a half-open connection; the back-off is short so that a restarted worker is found at once.
+    """
+    return [
+        *_shared_options(max_frame_bytes),
+        ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _PING_INTERVAL_MS // 2),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def server_options(max_frame_bytes: int) -> GrpcOptions:
+    """Options of a worker's server. A port in use is an error, never shared silently."""
+    return [
+        *_shared_options(max_frame_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_INTERVAL_MS // 2),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def _shared_options(max_frame_bytes: int) -> GrpcOptions:
+    return [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", min(2 * max_frame_bytes, _INT32_MAX)),
+    ]

@@ -1,0 +1,89 @@
+"""The gateway's FastAPI application, put together from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from fastapi import FastAPI
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from services.core.generation import ShardClient
+from services.core.metrics import new_registry
+from services.core.registry import Registry
+from services.core.settings import Settings
+from services.gateway.auth import Authenticator
+from services.gateway.boundary import RequestBoundary
+from services.gateway.errors import status_response
+from services.gateway.expert_load import LoadHistory
+from services.gateway.gateway import Gateway
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.routes.chat import chat_router
+from services.gateway.routes.completions import completions_router
+from services.gateway.routes.experts import experts_router
+from services.gateway.routes.models import models_router
+from services.gateway.routes.operations import operations_router
+from services.gateway.routes.sessions import sessions_router
+from services.gateway.served_model import ServedModel
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    settings: Settings,
+    shard: ShardClient,
+    registry: Registry | None,
+    *,
+    model_folder: Path,
+    tracer: trace.Tracer | None = None,
+    metrics_registry: CollectorRegistry | None = None,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """The OpenAI-compatible API over `shard`.
+
+    `model_folder` holds the checkpoint's configuration and tokeniser; no weights are read.
+    `registry` feeds `/v1/experts`; None leaves the topology empty. What is passed in stays the
+    caller's to close, for example in `lifespan`. Raises `CheckpointError` for a folder that cannot
+    be served.
+    """
+    metrics = GatewayMetrics(new_registry() if metrics_registry is None else metrics_registry)
+    gateway = Gateway(
+        settings=settings,
+        shard=shard,
+        registry=registry,
+        model=ServedModel.load(settings, model_folder),
+        metrics=metrics,
+        authenticate=Authenticator(settings.api_keys),
+        load_history=LoadHistory(),
+    )
+    app = FastAPI(title="expertfleet", openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    for make_router in (
+        completions_router,
+        chat_router,
+        models_router,
+        sessions_router,
+        experts_router,
+        operations_router,
+    ):
+        app.include_router(make_router(gateway))
+    app.add_exception_handler(HTTPException, _refused_by_http)
+    app.add_middleware(RequestBoundary, metrics=metrics, tracer=tracer or trace.NoOpTracer())
+    return app
+
+
+async def _refused_by_http(request: Request, error: Exception) -> Response:
+    """Unknown paths and wrong methods, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    target = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return status_response(404, f"There is no {target}", "not_found", headers)
+    if error.status_code == 405:
+        message = f"{target} is not allowed; allowed: {headers.get('Allow', 'another method')}"
+        return status_response(405, message, "method_not_allowed", headers)
+    return status_response(error.status_code, str(error.detail), "http_error", headers)

@@ -1,0 +1,93 @@
+"""What the gateway counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.core import telemetry
+from services.core.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S
+from services.core.registry import Slot
+from services.gateway.generation import Generation
+
+
+class GatewayMetrics(Collector):
+    """Makes its metrics in `registry`, and reports the fleet's tokens per expert last seen."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._requests = Counter(
+            telemetry.METRIC_REQUESTS,
+            "HTTP requests by route and status; 499: the client went away",
+            ("route", "status"),
+            registry=registry,
+        )
+        self._duration = Histogram(
+            telemetry.METRIC_E2E,
+            "Seconds from request to the end of its answer",
+            ("route",),
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self._ttft = Histogram(
+            telemetry.METRIC_TTFT,
+            "Seconds from request to first token",
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self._tpot = Histogram(
+            telemetry.METRIC_TPOT,
+            "Mean seconds between the tokens of a request, after the first",
+            buckets=TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._tokens = {
+            name: Counter(name, text, registry=registry)
+            for name, text in (
+                (telemetry.METRIC_PROMPT_TOKENS, "Tokens in prompts"),
+                (telemetry.METRIC_GENERATED_TOKENS, "Tokens in completions"),
+                (telemetry.METRIC_CACHED_TOKENS, "Prompt tokens that were not recomputed"),
+                (telemetry.METRIC_RESTORED_TOKENS, "Of those, from the session store"),
+            )
+        }
+        self._expert_tokens: dict[Slot, int] = {}
+        registry.register(self)
+
+    def observe_request(self, route: str, status: int, duration_s: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._duration.labels(route).observe(duration_s)
+
+    def observe_generation(self, generation: Generation, started_at: float) -> None:
+        """Count what was generated, to its end or not. `started_at`: `time.perf_counter`."""
+        usage = generation.usage
+        counts = (
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.cached_tokens,
+            usage.restored_tokens,
+        )
+        for counter, count in zip(self._tokens.values(), counts, strict=True):
+            counter.inc(count)
+        if generation.first_token_at is None or generation.last_token_at is None:
+            return
+        self._ttft.observe(generation.first_token_at - started_at)
+        num_intervals = max(choice.num_tokens for choice in generation.choices) - 1
+        if num_intervals > 0:
+            decode_s = generation.last_token_at - generation.first_token_at
+            self._tpot.observe(decode_s / num_intervals)
+
+    def set_expert_tokens(self, tokens: dict[Slot, int]) -> None:
+        self._expert_tokens = tokens
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            telemetry.METRIC_EXPERT_TOKENS,
+            "Tokens that the gates of all live shards sent to each logical expert",
+            labels=("layer", "expert"),
+        )
+        for (layer, expert), count in sorted(self._expert_tokens.items()):
+            family.add_metric((str(layer), str(expert)), count)
+        return [family]

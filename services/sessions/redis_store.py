@@ -1,0 +1,248 @@
+"""Session store in Redis or Valkey, shared by all shards of a fleet.
+
+Keys, with the first eight hex digits of the model's fingerprint:
+
+- `expertfleet:{fleet}:kv:{fingerprint}:{hash}` a block (see block_codec), with a time to live;
+- `expertfleet:{fleet}:session:{fingerprint}:{digest of tenant and session id}` a hash of what
+  `SessionInfo` tells, and the same key with `:blocks` the set of the session's block hashes.
+
+A block two sessions share lives as long as the longer-lived one. The server may evict anything at
+any time. With its header a payload of exactly 2^k bytes falls into the next size class of a server
+built with jemalloc, which charges it 1.25 times; size `maxmemory` for that.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+from redis.exceptions import ResponseError
+
+from services.core.errors import UnavailableError
+from services.core.generation import SessionInfo
+from services.sessions.block_codec import (
+    HEADER_BYTES,
+    BlockRefusedError,
+    decode_block,
+    encode_block,
+)
+from services.sessions.guarded_redis import ROUND_TRIP_TIMEOUT_S, Command, GuardedRedis
+from services.sessions.store import BlockLayout, RefusalReason, SessionRef, StoredBlock
+
+_BATCH_BYTES = 4 << 20
+_BATCH_COMMANDS = 512
+_REFRESH_FRACTION = 0.1
+_FIELDS = ("num_tokens", "created_at", "updated_at", "expires_at")
+_logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+
+
+class RedisSessionStore:
+    """`SessionStore` over one connection pool; used from one event loop.
+
+    A round trip carries at most 4 MiB of blocks or 512 small commands, and is bounded and guarded
+    as `GuardedRedis` says. `clock` gives Unix seconds. Raises `ConfigurationError` on a URL of
+    another kind.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        fleet: str,
+        layout: BlockLayout,
+        round_trip_timeout_s: float = ROUND_TRIP_TIMEOUT_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._layout = layout
+        self._clock = clock
+        fingerprint = layout.model_fingerprint.hex()[:8]
+        self._block_prefix = f"expertfleet:{fleet}:kv:{fingerprint}:"
+        self._session_prefix = f"expertfleet:{fleet}:session:{fingerprint}:"
+        self._blocks_per_batch = max(1, _BATCH_BYTES // (HEADER_BYTES + layout.payload_bytes))
+        self._refusals: Counter[RefusalReason] = Counter()
+        self._redis = GuardedRedis(redis_url, round_trip_timeout_s=round_trip_timeout_s)
+
+    async def put(
+        self,
+        session: SessionRef,
+        blocks: Sequence[StoredBlock],
+        *,
+        num_tokens: int,
+        ttl_s: float,
+    ) -> None:
+        """See `SessionStore.put`. The index is written first, so that whatever was stored when a
+        call failed half-way can be deleted."""
+        hashes = [block.hash for block in blocks]
+        stored = await self._record(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
+        missing = [block for block in blocks if block.hash not in stored]
+        for batch in _batches(missing, self._blocks_per_batch):
+            await self._redis.run(
+                [
+                    (
+                        "SET",
+                        self._block_key(block.hash),
+                        encode_block(self._layout, block.hash, block.payload),
+                        "PX",
+                        _milliseconds(ttl_s),
+                    )
+                    for block in batch
+                ]
+            )
+
+    async def touch(
+        self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
+    ) -> None:
+        await self._record(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
+
+    async def count_prefix(self, hashes: Sequence[bytes]) -> int:
+        count = 0
+        for batch in _batches(hashes, _BATCH_COMMANDS):
+            replies = await self._redis.run([("EXISTS", self._block_key(item)) for item in batch])
+            if 0 in replies:
+                return count + replies.index(0)
+            count += len(batch)
+        return count
+
+    async def fetch(self, hashes: Sequence[bytes]) -> list[memoryview | None]:
+        """See `SessionStore.fetch`. A failure after the first batch ends the prefix there."""
+        payloads: list[memoryview] = []
+        for batch in _batches(hashes, self._blocks_per_batch):
+            try:
+                values = await self._redis.run(
+                    [("GET", self._block_key(item)) for item in batch], is_foreign_ok=True
+                )
+            except UnavailableError:
+                if not payloads:
+                    raise
+                break
+            found = await self._verify(batch, values)
+            payloads += found
+            if len(found) < len(batch):
+                break
+        return payloads + [None] * (len(hashes) - len(payloads))
+
+    async def get_session(self, tenant: str, session_id: str) -> SessionInfo | None:
+        key = self._session_key(SessionRef(tenant=tenant, session_id=session_id))
+        fields, hashes = await self._redis.run(
+            [("HMGET", key, *_FIELDS), ("SMEMBERS", key + ":blocks")]
+        )
+        if None in fields:
+            return None
+        num_blocks = 0
+        for batch in _batches(list(hashes), _BATCH_COMMANDS):
+            keys = [self._block_key(item) for item in batch]
+            num_blocks += (await self._redis.run([("EXISTS", *keys)]))[0]
+        num_tokens, created_at, updated_at, expires_at = fields
+        return SessionInfo(
+            session_id=session_id,
+            tenant=tenant,
+            num_tokens=int(num_tokens),
+            num_blocks=num_blocks,
+            stored_bytes=num_blocks * (HEADER_BYTES + self._layout.payload_bytes),
+            created_at=float(created_at),
+            updated_at=float(updated_at),
+            expires_at=float(expires_at),
+        )
+
+    async def delete_session(self, tenant: str, session_id: str) -> bool:
+        """See `SessionStore.delete_session`. The index goes last: a call that failed half-way can
+        be repeated."""
+        key = self._session_key(SessionRef(tenant=tenant, session_id=session_id))
+        (hashes,) = await self._redis.run([("SMEMBERS", key + ":blocks")])
+        for batch in _batches(list(hashes), _BATCH_COMMANDS):
+            await self._redis.run([("UNLINK", *(self._block_key(item) for item in batch))])
+        (deleted,) = await self._redis.run([("UNLINK", key, key + ":blocks")])
+        return bool(deleted)
+
+    def refusals(self) -> dict[RefusalReason, int]:
+        return dict(self._refusals)
+
+    async def close(self) -> None:
+        await self._redis.close()
+
+    async def _record(
+        self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
+    ) -> set[bytes]:
+        """Enter blocks in the session's index and extend lives; which of them are stored."""
+        key, now, ttl_ms = self._session_key(session), self._clock(), _milliseconds(ttl_s)
+        commands: list[Command] = [
+            ("HSETNX", key, "blocks_live_until", repr(now + ttl_s)),
+            ("HGET", key, "blocks_live_until"),
+            ("HSETNX", key, "created_at", repr(now)),
+            (
+                *("HSET", key, "num_tokens", num_tokens),
+                *("updated_at", repr(now), "expires_at", repr(now + ttl_s)),
+            ),
+            ("PEXPIRE", key, ttl_ms),
+        ]
+        commands += [
+            ("SADD", key + ":blocks", *batch) for batch in _batches(hashes, _BATCH_COMMANDS)
+        ]
+        commands.append(("PEXPIRE", key + ":blocks", ttl_ms))
+        replies = await self._redis.run(commands)
+        stored = await self._extend_lives(hashes, ttl_ms)
+        blocks_live_until = float(replies[1] or 0.0)
+        if blocks_live_until < now + ttl_s * (1 - _REFRESH_FRACTION):
+            (every_hash,) = await self._redis.run([("SMEMBERS", key + ":blocks")])
+            await self._extend_lives(list(every_hash), ttl_ms)
+            await self._redis.run([("HSET", key, "blocks_live_until", repr(now + ttl_s))])
+        return stored
+
+    async def _extend_lives(self, hashes: Sequence[bytes], ttl_ms: int) -> set[bytes]:
+        """Let blocks live at least `ttl_ms` from now; those that are stored."""
+        stored: set[bytes] = set()
+        for batch in _batches(hashes, _BATCH_COMMANDS):
+            commands: list[Command] = []
+            for block_hash in batch:
+                block_key = self._block_key(block_hash)
+                commands += [("EXISTS", block_key), ("PEXPIRE", block_key, ttl_ms, "GT")]
+            replies = await self._redis.run(commands)
+            stored.update(item for item, exists in zip(batch, replies[::2], strict=True) if exists)
+        return stored
+
+    async def _verify(self, hashes: Sequence[bytes], values: Sequence[Any]) -> list[memoryview]:
+        """The sound leading payloads; the first refused value is counted and deleted."""
+        payloads: list[memoryview] = []
+        for block_hash, value in zip(hashes, values, strict=True):
+            if value is None:
+                break
+            try:
+                if isinstance(value, ResponseError):
+                    raise BlockRefusedError("foreign", str(value))
+                payloads.append(decode_block(self._layout, block_hash, value))
+            except BlockRefusedError as error:
+                await self._refuse(block_hash, error)
+                break
+        return payloads
+
+    async def _refuse(self, block_hash: bytes, error: BlockRefusedError) -> None:
+        self._refusals[error.reason] += 1
+        key = self._block_key(block_hash)
+        _logger.warning("refused stored block %s as %s: %s", key, error.reason, error)
+        try:
+            await self._redis.run([("UNLINK", key)])
+        except UnavailableError:
+            _logger.debug("refused block %s could not be deleted", key)
+
+    def _block_key(self, block_hash: bytes) -> str:
+        return self._block_prefix + block_hash.hex()
+
+    def _session_key(self, session: SessionRef) -> str:
+        tenant, session_id = session.tenant.encode(), session.session_id.encode()
+        name = b"%d:%b%b" % (len(tenant), tenant, session_id)
+        return self._session_prefix + blake2b(name, digest_size=16).hexdigest()
+
+
+def _batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

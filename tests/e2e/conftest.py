@@ -1,0 +1,58 @@
+"""One started product with Ray for all tests that do not need a special one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.support.otlp_collector import OtlpCollector, running_collector
+from tests.support.product import Product
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[OtlpCollector]:
+    with running_collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def product(
+    tmp_path_factory: pytest.TempPathFactory, collector: OtlpCollector
+) -> Iterator[Product]:
+    """Demo model, four expert workers, one shard, Ray; every second step is traced."""
+    started = Product(
+        tmp_path_factory.mktemp("product") / "state",
+        "--workers",
+        "4",
+        environment={
+            "EXPERTFLEET_OTLP_ENDPOINT": collector.endpoint,
+            "EXPERTFLEET_STEP_SAMPLE_INTERVAL": "2",
+        },
+    ).start()
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def client(product: Product) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{product.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def demo(client: openai.OpenAI) -> str:
+    """Name under which the demo model is served."""
+    return next(iter(client.models.list())).id
+
+
+@pytest.fixture(scope="session")
+def long_python() -> str:
+    """Text of well over 1500 tokens of the demo model that it was not written for."""
+    return Path(__file__).read_text() * 4

@@ -1,0 +1,202 @@
+"""Parts of the started product are killed or damaged; its users must not notice."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+
+import openai
+import pytest
+import redis
+
+from services.core.model_config import load_model_config
+from services.sessions.block_codec import HEADER_BYTES, encode_block
+from services.sessions.store import BlockLayout
+from tests.support.product import DEMO_MODEL, Product
+from tests.support.waiting import wait_until
+
+NUM_STREAMS = 8
+
+
+def test_killing_a_worker_under_eight_streams_loses_and_changes_nothing(
+    product: Product, client: openai.OpenAI, demo: str
+) -> None:
+    # One length and one start, so that every run has the same batches, in bfloat16 too.
+    prompts = [f"class Stream{number}:\n    def close(self):\n" for number in range(NUM_STREAMS)]
+
+    def stream(prompt: str) -> list[str]:
+        events = client.completions.create(
+            model=demo,
+            prompt=prompt,
+            max_tokens=96,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return [event.choices[0].text for event in events]
+
+    def all_streams(kill: bool) -> list[str]:
+        with concurrent.futures.ThreadPoolExecutor(NUM_STREAMS) as pool:
+            futures = [pool.submit(stream, prompt) for prompt in prompts]
+            if kill:
+                wait_until(lambda: _running(product) == NUM_STREAMS, timeout_s=30)
+                os.kill(victim["pid"], signal.SIGKILL)
+            return ["".join(future.result()) for future in futures]
+
+    undisturbed = all_streams(kill=False)
+    victim = next(w for w in product.experts()["workers"] if w["worker_id"] == "expert-1")
+    disturbed = all_streams(kill=True)
+    wait_until(lambda: _pid(product, "expert-1") not in (None, victim["pid"]), timeout_s=30)
+    same = sum(mine == other for mine, other in zip(undisturbed, disturbed, strict=True))
+    assert len(disturbed) == NUM_STREAMS
+    assert all(disturbed)
+    assert same >= NUM_STREAMS - 1
+
+
+@pytest.mark.timeout(300)
+def test_a_session_survives_the_loss_of_all_shards_and_damage_to_its_blocks(
+    product: Product, client: openai.OpenAI, demo: str, long_python: str
+) -> None:
+    prompt = _prompt_of_tokens(client, demo, long_python, 1500)
+
+    def ask(session: str | None) -> tuple[str, int, int]:
+        """Text, tokens that were cached, and those of them that came from the store."""
+        answer = client.completions.create(
+            model=demo,
+            prompt=prompt,
+            max_tokens=32,
+            temperature=0,
+            extra_body={"session_id": session} if session else {},
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        details = answer.usage.prompt_tokens_details
+        restored = (details.model_extra or {}).get("restored_tokens", 0)
+        return answer.choices[0].text, details.cached_tokens or 0, restored
+
+    text, _, _ = ask("long")
+    stored = client.get("/sessions/long", cast_to=object)
+    wait_until(
+        lambda: client.get("/sessions/long", cast_to=object)["num_blocks"] >= 1500 // 16 - 1,  # type: ignore[index]
+        timeout_s=20,
+        what=str(stored),
+    )
+
+    _restart_shards(product)
+    again, cached, restored = ask("long")
+    assert again == text
+    assert restored >= 1400
+    assert cached >= restored
+
+    store = redis.Redis.from_url(_store_url(product))
+    for damage in (_flip_a_byte, _truncate, _take_from_another_model):
+        _restart_shards(product)
+        for key in store.scan_iter("expertfleet:*:kv:*"):
+            damage(store, key)
+        again, _, restored = ask("long")
+        assert again == text, damage.__name__
+        assert restored == 0, damage.__name__
+        refused = product.metric(
+            _shard_metrics(product), "expertfleet_session_refused_blocks_total"
+        )
+        assert refused >= 1, damage.__name__
+        # Written behind once more, for the next round.
+        wait_until(lambda: _num_blocks(client) >= 1500 // 16 - 1, timeout_s=20)
+
+    client.delete("/sessions/long", cast_to=object)
+    with pytest.raises(openai.NotFoundError):
+        client.get("/sessions/long", cast_to=object)
+
+
+def test_killing_the_store_slows_nothing_down_for_good(
+    product: Product, client: openai.OpenAI, demo: str
+) -> None:
+    server = next(p for p in product.family() if "valkey" in p.name() or "redis" in p.name())
+    server.kill()
+    for number in range(3):
+        answer = client.completions.create(
+            model=demo,
+            prompt=f"def store_{number}():\n",
+            max_tokens=8,
+            temperature=0,
+            extra_body={"session_id": "without-store"},
+        )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+    wait_until(lambda: len(product.experts()["workers"]) == 4, timeout_s=30)
+    wait_until(product.is_ready, timeout_s=10)
+
+
+def _prompt_of_tokens(client: openai.OpenAI, model: str, text: str, num_tokens: int) -> str:
+    """A prefix of `text` of about `num_tokens` tokens, found by asking."""
+    answer = client.completions.create(model=model, prompt=text[:2000], max_tokens=1)
+    assert answer.usage is not None
+    prompt = text[: int(2000 * num_tokens / answer.usage.prompt_tokens)]
+    assert len(prompt) < len(text)
+    return prompt
+
+
+def _restart_shards(product: Product) -> None:
+    before = {shard["pid"] for shard in product.experts()["shards"]}
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+
+    def replaced() -> bool:
+        pids = {shard["pid"] for shard in product.experts()["shards"]}
+        return bool(pids) and not pids & before and product.is_ready()
+
+    wait_until(replaced, timeout_s=90, what="new shards")
+
+
+def _running(product: Product) -> int:
+    return sum(shard["num_running"] for shard in product.experts()["shards"])
+
+
+def _pid(product: Product, worker_id: str) -> int | None:
+    workers = product.experts()["workers"]
+    return next((w["pid"] for w in workers if w["worker_id"] == worker_id), None)
+
+
+def _shard_metrics(product: Product) -> str:
+    return str(product.experts()["shards"][0]["metrics_endpoint"])
+
+
+def _num_blocks(client: openai.OpenAI) -> int:
+    session = client.get("/sessions/long", cast_to=object)
+    return int(session["num_blocks"])  # type: ignore[index]
+
+
+def _store_url(product: Product) -> str:
+    server = next(p for p in product.family() if "valkey" in p.name() or "redis" in p.name())
+    command = server.cmdline()
+    # The server rewrites its command line; its socket is the unix socket it listens on.
+    sockets = [c.laddr for c in server.net_connections("unix") if c.laddr]
+    assert sockets, command
+    return f"unix://{sockets[0]}"
+
+
+def _flip_a_byte(store: redis.Redis, key: bytes) -> None:
+    value = bytearray(store.get(key) or b"\0")  # type: ignore[arg-type]
+    value[len(value) // 2] ^= 0xFF
+    store.set(key, bytes(value), keepttl=True)
+
+
+def _truncate(store: redis.Redis, key: bytes) -> None:
+    value = bytes(store.get(key) or b"")  # type: ignore[arg-type]
+    store.set(key, value[: len(value) // 2], keepttl=True)
+
+
+def _take_from_another_model(store: redis.Redis, key: bytes) -> None:
+    """A whole and valid block, but of another model: only the header's fingerprint tells."""
+    config = load_model_config(DEMO_MODEL)
+    other = BlockLayout(
+        model_fingerprint=b"another model...",
+        num_layers=config.num_hidden_layers,
+        block_size=16,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+    )
+    payload = bytes(store.get(key) or b"")[HEADER_BYTES:]  # type: ignore[arg-type]
+    block_hash = bytes.fromhex(key.decode().rsplit(":", 1)[1])
+    store.set(key, encode_block(other, block_hash, payload), keepttl=True)

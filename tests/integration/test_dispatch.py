@@ -1,0 +1,259 @@
+"""Dispatch to real worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from router_service.dispatcher import RemoteExperts
+from router_service.experts import StepContext
+from router_service.local_experts import LocalExperts
+from services.core.checkpoint import Checkpoint
+from services.core.placement import plan_placement
+from services.core.redis_registry import RedisRegistry
+from services.core.registry import Registry
+from services.core.registry_json import format_ranges
+from services.core.static_registry import StaticRegistry
+from services.core.store_server import StoreServer
+from tests.support.checkpoints import make_checkpoint
+from tests.support.eventually import eventually
+from tests.support.moe_layers import random_gate
+from tests.support.redis_server import running_redis
+from tests.support.worker_process import WorkerProcess, running_worker
+
+NUM_LAYERS, NUM_EXPERTS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def local(model: Path) -> Iterator[LocalExperts]:
+    """The experts in process, computed with as many threads as a worker has."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield LocalExperts.load(
+        Checkpoint.open(str(model)), dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    with running_redis(tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+class Fleet:
+    """Starts workers of one fleet in the store; they end with the test."""
+
+    def __init__(self, stack: ExitStack, model: Path, store: StoreServer, name: str) -> None:
+        self._stack = stack
+        self._model = model
+        self._environment = {"REDIS_URL": store.url, "EXPERTFLEET_FLEET": name}
+        self.registry = RedisRegistry(store.url, fleet=name)
+
+    def start(self, worker_id: str, experts: str, *arguments: str, **options: Any) -> WorkerProcess:
+        return self._stack.enter_context(
+            running_worker(
+                self._model,
+                experts,
+                *("--worker-id", worker_id, *arguments),
+                environment=self._environment,
+                **options,
+            )
+        )
+
+
+@pytest.fixture
+def fleet(model: Path, store: StoreServer, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name.lower())
+    with ExitStack() as stack:
+        yield Fleet(stack, model, store, name)
+
+
+@asynccontextmanager
+async def connected(
+    model: Path, registry: Registry, **options: Any
+) -> AsyncIterator[RemoteExperts]:
+    config = Checkpoint.open(str(model)).config
+    experts = RemoteExperts(config, registry=registry, dtype=torch.bfloat16, **options)
+    try:
+        await experts.wait_ready()
+        yield experts
+    finally:
+        await experts.close()
+
+
+async def check_call(
+    remote: RemoteExperts, local: LocalExperts, *, num_tokens: int = 7, micro_batch: int = 0
+) -> None:
+    """One random call has the bits of the same call in process."""
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    hidden_states = torch.randn(num_tokens, 64, generator=generator).bfloat16()
+    ids, weights = random_gate(generator, num_tokens=num_tokens, num_experts=NUM_EXPERTS, top_k=2)
+    layer = int(torch.randint(NUM_LAYERS, (), generator=generator))
+    context = StepContext(micro_batch=micro_batch)
+    expected = await local.forward(layer, hidden_states, ids, weights, context)
+    assert torch.equal(await remote.forward(layer, hidden_states, ids, weights, context), expected)
+
+
+class Load:
+    """Calls one after the other on several streams at once, each checked, until stopped."""
+
+    def __init__(self, remote: RemoteExperts, local: LocalExperts, num_streams: int = 2) -> None:
+        self.num_calls = 0
+        self.longest_gap_s = 0.0
+        self._is_stopping = False
+        self._tasks = [
+            asyncio.create_task(self._run(remote, local, stream)) for stream in range(num_streams)
+        ]
+
+    async def calls(self, count: int, timeout_s: float = 30.0) -> None:
+        """Return when so many more calls were answered."""
+        goal = self.num_calls + count
+        await eventually(
+            lambda: self.num_calls >= goal or any(task.done() for task in self._tasks),
+            timeout_s=timeout_s,
+        )
+
+    async def stop(self) -> None:
+        """Raises what any call raised."""
+        self._is_stopping = True
+        await asyncio.gather(*self._tasks)
+
+    async def _run(self, remote: RemoteExperts, local: LocalExperts, stream: int) -> None:
+        while not self._is_stopping:
+            started = time.monotonic()
+            await check_call(remote, local, micro_batch=stream)
+            self.longest_gap_s = max(self.longest_gap_s, time.monotonic() - started)
+            self.num_calls += 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+async def test_real_workers_give_the_bits_of_the_experts_in_process(
+    num_workers: int, fleet: Fleet, model: Path, local: LocalExperts
+) -> None:
+    for index, part in enumerate(plan_placement(NUM_LAYERS, NUM_EXPERTS, num_workers)):
+        fleet.start(
+            f"w{index}",
+            format_ranges(part.experts),
+            *("--layers", format_ranges(part.layers)),
+            wait_ready=False,
+        )
+    async with connected(model, fleet.registry) as remote:
+        for num_tokens in (1, 2, 16, 17, 200):
+            for micro_batch in (0, 1):
+                await check_call(remote, local, num_tokens=num_tokens, micro_batch=micro_batch)
+        await asyncio.gather(*(check_call(remote, local, micro_batch=m) for m in range(4)))
+        assert len(remote.slot_digests()) == NUM_LAYERS * NUM_EXPERTS
+
+
+async def test_workers_of_a_static_list_are_found_without_a_store(
+    model: Path, local: LocalExperts
+) -> None:
+    with (
+        running_worker(model, "0,1", wait_ready=False) as first,
+        running_worker(model, "2,3", wait_ready=False) as second,
+    ):
+        registry = StaticRegistry([first.endpoint, second.endpoint, "127.0.0.1:1"])
+        async with connected(model, registry) as remote:
+            await check_call(remote, local)
+
+
+@pytest.mark.parametrize("comes_back", ["as it was", "at another port", "under another name"])
+async def test_no_call_is_lost_or_wrong_when_an_only_worker_is_killed_and_restarted(
+    comes_back: str, fleet: Fleet, model: Path, local: LocalExperts
+) -> None:
+    fleet.start("steady", "0,1")
+    killed = fleet.start("killed", "2,3")
+    port = killed.endpoint.rpartition(":")[2]
+    arguments = ("--port", port) if comes_back == "as it was" else ()
+    name = "new" if comes_back == "under another name" else "killed"
+    async with connected(model, fleet.registry) as remote:
+        load = Load(remote, local)
+        await load.calls(20)
+        killed.process.kill()
+        killed.process.wait()
+        restarted = await asyncio.to_thread(fleet.start, name, "2,3", *arguments)
+        ready_at = time.monotonic()
+        await load.calls(20)
+        assert time.monotonic() - ready_at < 2.0, restarted.log
+        await load.stop()
+
+
+async def test_a_killed_replica_costs_a_moment_and_no_call(
+    fleet: Fleet, model: Path, local: LocalExperts
+) -> None:
+    first, second = fleet.start("first", "0-3"), fleet.start("second", "0-3")
+    async with connected(model, fleet.registry) as remote:
+        await eventually(lambda: len(remote._pool.view.links) == 2)
+        load = Load(remote, local)
+        await load.calls(20)
+        first.process.kill()
+        await load.calls(20)
+        assert load.longest_gap_s < 0.5
+        await load.stop()
+        assert second.process.poll() is None
+
+
+async def test_a_worker_that_hangs_is_left_by_deadline_and_its_late_answers_are_dropped(
+    fleet: Fleet, model: Path, local: LocalExperts
+) -> None:
+    hung, _ = fleet.start("hung", "0-3"), fleet.start("other", "0-3")
+    async with connected(model, fleet.registry, call_timeout_s=0.3) as remote:
+        await eventually(lambda: len(remote._pool.view.links) == 2)
+        load = Load(remote, local)
+        await load.calls(20)
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        try:
+            await load.calls(6)
+        finally:
+            os.kill(hung.process.pid, signal.SIGCONT)
+        await load.calls(20)
+        await load.stop()
+
+
+async def test_a_worker_that_is_drained_under_load_loses_no_call_and_exits_cleanly(
+    fleet: Fleet, model: Path, local: LocalExperts
+) -> None:
+    drained, _ = fleet.start("drained", "0-3"), fleet.start("other", "0-3")
+    async with connected(model, fleet.registry) as remote:
+        await eventually(lambda: len(remote._pool.view.links) == 2)
+        load = Load(remote, local)
+        await load.calls(20)
+        drained.terminate()
+        assert await asyncio.to_thread(drained.wait) == 0
+        await load.calls(20)
+        await load.stop()
+
+
+async def test_dispatch_outlives_the_store_and_finds_a_restarted_worker_once_it_is_back(
+    model: Path, local: LocalExperts, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        first_store = stack.enter_context(running_redis(tmp_path))
+        fleet = Fleet(stack, model, first_store, "outlive")
+        workers: Sequence[WorkerProcess] = [fleet.start("a", "0,1"), fleet.start("b", "2,3")]
+        async with connected(model, fleet.registry) as remote:
+            load = Load(remote, local)
+            await load.calls(20)
+            first_store.stop()
+            await load.calls(20)
+            workers[1].process.kill()
+            port = workers[1].endpoint.rpartition(":")[2]
+            # Same name and address: the link finds it again without the store.
+            await asyncio.to_thread(fleet.start, "b", "2,3", "--port", port)
+            await load.calls(20)
+            await load.stop()

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from services.core.packed_linear import PackedLinear
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 130])
+def test_product_equals_the_float32_one_within_the_dtypes_rounding(
+    dtype: torch.dtype, num_rows: int
+) -> None:
+    weight = (torch.randn(48, 40) / 40**0.5).to(dtype)
+    rows = torch.randn(num_rows, 40).to(dtype)
+    result = PackedLinear(weight, dtype=dtype, device=CPU)(rows)
+    assert result.dtype == dtype
+    expected = F.linear(rows.float(), weight.float())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_weight_is_converted_to_the_dtype_asked_for() -> None:
+    linear = PackedLinear(torch.randn(6, 4), dtype=torch.bfloat16, device=CPU)
+    assert linear(torch.randn(3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (linear.in_features, linear.out_features, linear.weight_bytes) == (4, 6, 48)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    linear = PackedLinear(torch.randn(6, 4), dtype=dtype, device=CPU)
+    assert linear(torch.empty(0, 4, dtype=dtype)).shape == (0, 6)
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    weight = torch.randn(6, 4)
+    rows = torch.randn(5, 8)[:, ::2]
+    result = PackedLinear(weight, dtype=torch.float32, device=CPU)(rows)
+    torch.testing.assert_close(result, rows @ weight.T)
