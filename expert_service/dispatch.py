@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from services.core.wire import RequestFrame, decode_request, encode_error, encod
 MAX_FRAMES_IN_HAND = 4
 """Times the largest frame: the bytes of requests that all streams together may have in hand."""
 
+_logger = logging.getLogger(__name__)
 _STATUS_OF_ERROR: tuple[tuple[type[ExpertfleetError], experts_pb2.DispatchStatus], ...] = (
     (FrameTooLargeError, experts_pb2.DISPATCH_STATUS_TOO_LARGE),
     (UnknownExpertError, experts_pb2.DISPATCH_STATUS_UNKNOWN_EXPERT),
@@ -93,6 +95,8 @@ class DispatchService:
                 stream.release(answer)
             if reading.done():
                 reading.result()
+        except grpc.aio.InternalError:
+            _logger.info("a client left without reading its answers")
         finally:
             stream.close()
             self._streams.discard(stream)

@@ -58,7 +58,9 @@ class SessionThenLoadRouter(ConsistentHashRouter):  # type: ignore[misc]
 class ShardReplica:
     """One attention shard: an engine in a thread of its own, behind Ray Serve's actor."""
 
-    async def __init__(self, settings: Settings, in_process_experts: bool) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, settings: Settings, in_process_experts: bool
+    ) -> None:
         # In a thread: loading may take minutes, and Ray talks to the replica meanwhile.
         self._shard = await asyncio.to_thread(
             AttentionShard.start, settings, in_process_experts=in_process_experts

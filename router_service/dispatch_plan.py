@@ -12,7 +12,8 @@ Shapes: T tokens, K experts per token, E experts, A = T x K assignments, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,21 +55,30 @@ class GatedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFrame:
-    """What one worker computes: `token_ids` [t] of the T tokens, and assignments over those t rows.
+    """What one worker computes: the rows `token_ids` [t], and assignments over these t rows.
 
-    `token_ids` is None where the frame has all tokens. `places` [a] are those of `GatedTokens`.
+    `places` [a] are those of `GatedTokens`, None where there are none.
     """
 
     worker: int
-    token_ids: Tensor | None
+    token_ids: Tensor
     assignments: Assignments
     places: Tensor | None
 
-    def select(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> the frame's rows [t, H]."""
-        if self.token_ids is None:
-            return hidden_states
-        return hidden_states.index_select(0, self.token_ids)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchPlan:
+    """One frame per worker that has anything to do; `token_ids` are those of all, one by one."""
+
+    frames: tuple[PlannedFrame, ...]
+    token_ids: Tensor
+
+    def select(self, hidden_states: Tensor) -> Sequence[Tensor]:
+        """[T, H] -> the rows [t, H] of each frame."""
+        if len(self.frames) == 1 and len(self.token_ids) == len(hidden_states):
+            return [hidden_states]  # token ids ascend, so these are all tokens in order
+        rows = hidden_states.index_select(0, self.token_ids)
+        return torch.split_with_sizes(rows, [len(frame.token_ids) for frame in self.frames])
 
 
 def group_by_expert(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> GatedTokens:
@@ -104,22 +114,53 @@ def all_assignments(gated: GatedTokens) -> Assignments:
     )
 
 
-def plan_frames(
-    gated: GatedTokens, worker_of_expert: NDArray[np.int64]
-) -> tuple[PlannedFrame, ...]:
-    """One frame per worker that has anything to do.
+def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> DispatchPlan:
+    """Send every assignment to the worker of its expert, every token once to each worker.
 
     `worker_of_expert` [E]; assignments of an expert whose worker is negative are left out.
     """
-    used = np.flatnonzero((gated.rows_per_expert > 0) & (worker_of_expert >= 0))
-    workers = np.unique(worker_of_expert[used])
-    if len(workers) == 1 and len(used) == np.count_nonzero(gated.rows_per_expert):
-        return (_frame(gated, int(workers[0]), slice(None)),)
+    # All workers at once: assignments sorted by worker, (worker, token) pairs as one index.
     worker_of_assignment = worker_of_expert[gated.expert_ids]
-    return tuple(
-        _frame(gated, int(worker), np.flatnonzero(worker_of_assignment == worker))
-        for worker in workers
+    order = np.argsort(worker_of_assignment, kind="stable")
+    workers = worker_of_assignment[order]
+    order = order[np.searchsorted(workers, 0) :]
+    workers = workers[len(workers) - len(order) :]
+    pairs = workers * gated.num_tokens + gated.token_rows[order]
+    num_pairs = int(pairs.max(initial=-1)) + 1
+    is_sent = np.zeros(num_pairs, dtype=np.bool_)
+    is_sent[pairs] = True
+    sent = np.flatnonzero(is_sent)
+    row_of_pair = np.cumsum(is_sent) - 1
+
+    present, first_assignment = np.unique(workers, return_index=True)
+    first_row = np.searchsorted(sent, present * gated.num_tokens)
+    token_ids = torch.from_numpy(sent % gated.num_tokens)
+    token_rows = torch.from_numpy(
+        row_of_pair[pairs] - np.repeat(first_row, np.diff(first_assignment, append=len(order)))
     )
+    topk_weights = torch.from_numpy(gated.topk_weights[order])
+    places = None if gated.places is None else torch.from_numpy(gated.places[order])
+    experts_of = _experts_by_worker(gated, worker_of_expert)
+    frames = tuple(
+        PlannedFrame(
+            worker=worker,
+            token_ids=token_ids[rows],
+            assignments=Assignments(
+                expert_ids=tuple(experts_of[worker]),
+                rows_per_expert=tuple(gated.rows_per_expert[experts_of[worker]].tolist()),
+                token_rows=token_rows[own],
+                topk_weights=topk_weights[own],
+            ),
+            places=None if places is None else places[own],
+        )
+        for worker, rows, own in zip(
+            present.tolist(),
+            _runs(first_row, len(sent)),
+            _runs(first_assignment, len(order)),
+            strict=True,
+        )
+    )
+    return DispatchPlan(frames=frames, token_ids=token_ids)
 
 
 def frame_bytes(num_tokens: int, *, top_k: int, row_bytes: int) -> int:
@@ -134,87 +175,67 @@ def rows_that_fit(max_frame_bytes: int, *, top_k: int, row_bytes: int) -> int:
     return max(1, (max_frame_bytes - _FRAME_OVERHEAD_BYTES) // per_token)
 
 
-def split_frame(frame: PlannedFrame, num_tokens: int, max_rows: int) -> tuple[PlannedFrame, ...]:
-    """The frame in pieces of consecutive tokens, each of at most `max_rows` of its rows."""
-    token_ids = frame.token_ids if frame.token_ids is not None else torch.arange(num_tokens)
+def split_frame(
+    frame: PlannedFrame, rows: Tensor, max_rows: int
+) -> Iterator[tuple[PlannedFrame, Tensor]]:
+    """The frame and its rows [t, H] in pieces of consecutive rows, at most `max_rows` each."""
     expert_of = np.repeat(frame.assignments.expert_ids, frame.assignments.rows_per_expert)
-    rows = frame.assignments.token_rows.numpy()
-    pieces = []
-    for start in range(0, len(token_ids), max_rows):
-        own = np.flatnonzero((rows >= start) & (rows < start + max_rows))
+    token_rows = frame.assignments.token_rows.numpy()
+    for start in range(0, len(rows), max_rows):
+        own = np.flatnonzero((token_rows >= start) & (token_rows < start + max_rows))
         expert_ids, counts = np.unique(expert_of[own], return_counts=True)
         assignments = Assignments(
             expert_ids=tuple(expert_ids.tolist()),
             rows_per_expert=tuple(counts.tolist()),
-            token_rows=torch.from_numpy(rows[own] - start),
+            token_rows=torch.from_numpy(token_rows[own] - start),
             topk_weights=frame.assignments.topk_weights[own],
         )
-        pieces.append(
-            PlannedFrame(
-                worker=frame.worker,
-                token_ids=token_ids[start : start + max_rows],
-                assignments=assignments,
-                places=None if frame.places is None else frame.places[own],
-            )
+        piece = PlannedFrame(
+            worker=frame.worker,
+            token_ids=frame.token_ids[start : start + max_rows],
+            assignments=assignments,
+            places=None if frame.places is None else frame.places[own],
         )
-    return tuple(pieces)
+        yield piece, rows[start : start + max_rows]
 
 
-def combine_frames(gated: GatedTokens, answers: Iterable[tuple[PlannedFrame, Tensor]]) -> Tensor:
+def combine_frames(gated: GatedTokens, answers: Sequence[tuple[PlannedFrame, Tensor]]) -> Tensor:
     """The layer's output [T, H] from the frames that cover all assignments, in any order.
 
     An answer is [t, H] where `gated.combine`, else [a, H].
     """
-    pairs = list(answers)
+    rows = _joined([answer for _, answer in answers])
     if gated.combine:
-        return _add_combined(gated, pairs)
-    return _add_in_expert_order(gated, pairs)
-
-
-def _add_combined(gated: GatedTokens, pairs: list[tuple[PlannedFrame, Tensor]]) -> Tensor:
-    first_frame, first = pairs[0]
-    if len(pairs) == 1 and first_frame.token_ids is None:
-        return first
-    output = first.new_zeros((gated.num_tokens, first.shape[1]))
-    for frame, rows in pairs:
-        if frame.token_ids is None:
-            output.add_(rows)
-        else:
-            output.index_add_(0, frame.token_ids, rows)
-    return output
-
-
-def _add_in_expert_order(gated: GatedTokens, pairs: list[tuple[PlannedFrame, Tensor]]) -> Tensor:
-    hidden_size = pairs[0][1].shape[1]
-    rows = pairs[0][1].new_empty((gated.num_tokens * gated.top_k, hidden_size))
-    for frame, answer in pairs:
-        assert frame.places is not None
-        rows.index_copy_(0, frame.places, answer)
-    by_rank = rows.view(gated.num_tokens, gated.top_k, hidden_size)
-    output = rows.new_zeros((gated.num_tokens, hidden_size))
+        if len(answers) == 1 and len(rows) == gated.num_tokens:
+            return rows
+        token_ids = _joined([frame.token_ids for frame, _ in answers])
+        output = rows.new_zeros((gated.num_tokens, rows.shape[1]))
+        return output.index_add_(0, token_ids, rows)
+    places = _joined([frame.places for frame, _ in answers if frame.places is not None])
+    by_rank = torch.empty_like(rows).index_copy_(0, places, rows)
+    by_rank = by_rank.view(gated.num_tokens, gated.top_k, rows.shape[1])
+    output = rows.new_zeros((gated.num_tokens, rows.shape[1]))
     for rank in range(gated.top_k):
         output.add_(by_rank[:, rank])
     return output
 
 
-def _frame(gated: GatedTokens, worker: int, own: NDArray[np.int64] | slice) -> PlannedFrame:
-    """The frame of the assignments `own`, which are all those of some experts."""
-    token_rows, expert_ids = gated.token_rows[own], gated.expert_ids[own]
-    present = np.zeros(gated.num_tokens, dtype=np.bool_)
-    present[token_rows] = True
-    row_of_token = np.cumsum(present) - 1
-    has_all = bool(row_of_token[-1] == gated.num_tokens - 1)
-    rows_per_expert = np.bincount(expert_ids)
-    held = np.flatnonzero(rows_per_expert)
-    assignments = Assignments(
-        expert_ids=tuple(held.tolist()),
-        rows_per_expert=tuple(rows_per_expert[held].tolist()),
-        token_rows=torch.from_numpy(row_of_token[token_rows]),
-        topk_weights=torch.from_numpy(gated.topk_weights[own]),
-    )
-    return PlannedFrame(
-        worker=worker,
-        token_ids=None if has_all else torch.from_numpy(np.flatnonzero(present)),
-        assignments=assignments,
-        places=None if gated.places is None else torch.from_numpy(gated.places[own]),
-    )
+def _experts_by_worker(
+    gated: GatedTokens, worker_of_expert: NDArray[np.int64]
+) -> dict[int, list[int]]:
+    """The experts with assignments, ascending, by worker."""
+    experts: dict[int, list[int]] = {}
+    pairs = zip(worker_of_expert.tolist(), gated.rows_per_expert.tolist(), strict=True)
+    for expert, (worker, num_rows) in enumerate(pairs):
+        if num_rows:
+            experts.setdefault(worker, []).append(expert)
+    return experts
+
+
+def _runs(starts: NDArray[np.int64], stop: int) -> Iterator[slice]:
+    bounds = [*starts.tolist(), stop]
+    return itertools.starmap(slice, itertools.pairwise(bounds))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from protos import experts_pb2
 from router_service.dispatch_plan import (
     GatedTokens,
     PlannedFrame,
-    plan_frames,
+    plan_dispatch,
     rows_that_fit,
     split_frame,
 )
@@ -127,25 +127,26 @@ class LayerDispatch:
         """Send what is needed of experts that have a worker, a frame to each worker."""
         view = self._pool.view
         workers = view.table.resolve_avoiding(self._call.layer, self._avoided)
-        frames = plan_frames(self._call.gated, np.where(needed, workers, NO_WORKER))
+        plan = plan_dispatch(self._call.gated, np.where(needed, workers, NO_WORKER))
+        selected = plan.select(self._call.rows)
         return [
-            (frame, [self._send_piece(piece, view) for piece in self._fit(frame, view)])
-            for frame in frames
+            (frame, [self._send_piece(*piece, view) for piece in self._fit(frame, rows, view)])
+            for frame, rows in zip(plan.frames, selected, strict=True)
         ]
 
-    def _fit(self, frame: PlannedFrame, view: PoolView) -> tuple[PlannedFrame, ...]:
+    def _fit(
+        self, frame: PlannedFrame, rows: Tensor, view: PoolView
+    ) -> Iterable[tuple[PlannedFrame, Tensor]]:
         """The frame in pieces that this process and the worker accept."""
-        num_tokens, hidden_size = self._call.rows.shape
         max_rows = rows_that_fit(
             min(self._limits.max_frame_bytes, view.max_frame_bytes[frame.worker]),
             top_k=self._call.gated.top_k,
-            row_bytes=hidden_size * self._call.rows.itemsize,
+            row_bytes=rows.shape[1] * rows.itemsize,
         )
-        return (frame,) if num_tokens <= max_rows else split_frame(frame, num_tokens, max_rows)
+        return [(frame, rows)] if len(rows) <= max_rows else split_frame(frame, rows, max_rows)
 
-    def _send_piece(self, frame: PlannedFrame, view: PoolView) -> _Sent:
+    def _send_piece(self, frame: PlannedFrame, rows: Tensor, view: PoolView) -> _Sent:
         worker_id = view.table.workers[frame.worker].worker_id
-        rows = frame.select(self._call.rows)
         span = self._start_span(frame, worker_id, len(rows))
         call_id = next(self._call_ids)
         encoded = encode_request(

@@ -15,7 +15,10 @@ from services.gateway.generation import Generation
 
 
 class GatewayMetrics(Collector):
-    """Makes its metrics in `registry`, and reports the fleet's tokens per expert last seen."""
+    """Makes its metrics in `registry`, and reports the fleet's tokens per expert last seen.
+
+    Tokens of prompts and completions are the shards' to count, once, where they are computed.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -44,15 +47,6 @@ class GatewayMetrics(Collector):
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
-        self._tokens = {
-            name: Counter(name, text, registry=registry)
-            for name, text in (
-                (telemetry.METRIC_PROMPT_TOKENS, "Tokens in prompts"),
-                (telemetry.METRIC_GENERATED_TOKENS, "Tokens in completions"),
-                (telemetry.METRIC_CACHED_TOKENS, "Prompt tokens that were not recomputed"),
-                (telemetry.METRIC_RESTORED_TOKENS, "Of those, from the session store"),
-            )
-        }
         self._expert_tokens: dict[Slot, int] = {}
         registry.register(self)
 
@@ -61,16 +55,7 @@ class GatewayMetrics(Collector):
         self._duration.labels(route).observe(duration_s)
 
     def observe_generation(self, generation: Generation, started_at: float) -> None:
-        """Count what was generated, to its end or not. `started_at`: `time.perf_counter`."""
-        usage = generation.usage
-        counts = (
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            usage.cached_tokens,
-            usage.restored_tokens,
-        )
-        for counter, count in zip(self._tokens.values(), counts, strict=True):
-            counter.inc(count)
+        """Take in a generation that is over, well or not. `started_at`: `time.perf_counter`."""
         if generation.first_token_at is None or generation.last_token_at is None:
             return
         self._ttft.observe(generation.first_token_at - started_at)
@@ -84,8 +69,8 @@ class GatewayMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(
-            telemetry.METRIC_EXPERT_TOKENS,
-            "Tokens that the gates of all live shards sent to each logical expert",
+            telemetry.METRIC_FLEET_EXPERT_TOKENS,
+            "Tokens that the gates of all shards alive sent to each logical expert",
             labels=("layer", "expert"),
         )
         for (layer, expert), count in sorted(self._expert_tokens.items()):

@@ -53,7 +53,7 @@ class EventStreamResponse(Response):
             await run_until_disconnect(receive, work, timeout_s=self._timeout_s)
         except ClientDisconnectedError:
             raise
-        except Exception as error:
+        except Exception as error:  # the process boundary, once the answer has begun
             if not self._is_started:
                 raise
             self._info.fail(error)

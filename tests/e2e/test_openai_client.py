@@ -7,6 +7,7 @@ import math
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from tests.support.waiting import wait_until
 
@@ -62,7 +63,7 @@ def test_chat_streams_a_role_first_and_then_content(client: openai.OpenAI, demo:
         temperature=0,
         stream=True,
     )
-    events = list(stream)
+    events: list[ChatCompletionChunk] = list(stream)  # type: ignore[arg-type]
     whole = client.chat.completions.create(
         model=demo,
         messages=messages,  # type: ignore[arg-type]

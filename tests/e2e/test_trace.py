@@ -91,13 +91,21 @@ def test_counts_of_tokens_per_expert_add_up(
 
 
 def _is_complete(spans: list[SpanRecord]) -> bool:
-    names = {span.name for span in spans if span.trace_id == TRACE_ID}
-    workers = {
-        span.instance
-        for span in spans
-        if span.trace_id == TRACE_ID and span.name == telemetry.SPAN_EXPERT
-    }
-    return {telemetry.SPAN_REQUEST, telemetry.SPAN_GENERATE} <= names and len(workers) == 4
+    """The request's own spans are there, all layers of its steps, and a worker's below each call."""
+    by_name: dict[str, list[SpanRecord]] = {}
+    for span in spans:
+        if span.trace_id == TRACE_ID:
+            by_name.setdefault(span.name, []).append(span)
+    steps = by_name.get(telemetry.SPAN_STEP, [])
+    layers = by_name.get(telemetry.SPAN_LAYER, [])
+    calls = {span.span_id for span in by_name.get(telemetry.SPAN_DISPATCH, [])}
+    answered = {span.parent_id for span in by_name.get(telemetry.SPAN_EXPERT, [])}
+    num_layers = load_model_config(DEMO_MODEL).num_hidden_layers
+    return (
+        {telemetry.SPAN_REQUEST, telemetry.SPAN_GENERATE} <= by_name.keys()
+        and len(layers) == num_layers * len(steps) > 0
+        and calls == answered
+    )
 
 
 def _ancestors(span: SpanRecord, by_id: dict[str, SpanRecord]) -> list[SpanRecord]:

@@ -208,7 +208,7 @@ def fake_engine(
 
 def fake_request(prompt: Sequence[int], max_tokens: int = 8, **options: Any) -> GenerateRequest:
     """A greedy request; `GenerateRequest` fields by name, all else goes to `SamplingParams`."""
-    own = {
+    own: dict[str, Any] = {
         name: options.pop(name)
         for name in ("n", "tenant", "session_id", "session_ttl_s", "trace_context", "request_id")
         if name in options

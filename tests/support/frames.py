@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,8 @@ def random_weights(
     """Weights that keep a row's scale about as it is."""
 
     def matrix(rows: int, columns: int) -> Tensor:
-        values = torch.randn(rows, columns, generator=generator)
-        return (values * columns**-0.5).to(dtype)
+        values = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+        return values.to(dtype)
 
     return ExpertWeights(
         w1=matrix(intermediate, hidden),
