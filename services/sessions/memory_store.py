@@ -56,10 +56,10 @@ class MemorySessionStore:
         ttl_s: float,
     ) -> None:
         for block in blocks:
-            if not self._is_stored(block.hash):
-                self.values[block.hash] = encode_block(self._layout, block.hash, block.payload)
-                self._expiry[block.hash] = self._clock() + ttl_s
-                self._evict()
+            self.values[block.hash] = encode_block(self._layout, block.hash, block.payload)
+            until = self._clock() + ttl_s
+            self._expiry[block.hash] = max(until, self._expiry.get(block.hash, until))
+            self._evict()
         hashes = [block.hash for block in blocks]
         await self.touch(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
 

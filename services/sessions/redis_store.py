@@ -79,21 +79,17 @@ class RedisSessionStore:
         """See `SessionStore.put`. The index is written first, so that whatever was stored when a
         call failed half-way can be deleted."""
         hashes = [block.hash for block in blocks]
-        stored = await self._record(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
-        missing = [block for block in blocks if block.hash not in stored]
-        for batch in _batches(missing, self._blocks_per_batch):
-            await self._redis.run(
-                [
-                    (
-                        "SET",
-                        self._block_key(block.hash),
-                        encode_block(self._layout, block.hash, block.payload),
-                        "PX",
-                        _milliseconds(ttl_s),
-                    )
-                    for block in batch
-                ]
-            )
+        await self._record(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
+        for batch in _batches(blocks, self._blocks_per_batch):
+            commands: list[Command] = []
+            for block in batch:
+                key = self._block_key(block.hash)
+                # Written even where a value is: it may be a damaged one that nobody has read yet.
+                # The longer life of a session that shares the block stays.
+                value = encode_block(self._layout, block.hash, block.payload)
+                commands += [("SET", key, value, "KEEPTTL")]
+                commands += [("PEXPIRE", key, _milliseconds(ttl_s), "NX")]
+            await self._redis.run(commands)
 
     async def touch(
         self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
@@ -168,8 +164,8 @@ class RedisSessionStore:
 
     async def _record(
         self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
-    ) -> set[bytes]:
-        """Enter blocks in the session's index and extend lives; which of them are stored."""
+    ) -> None:
+        """Enter blocks in the session's index and extend the lives of those that are stored."""
         key, now, ttl_ms = self._session_key(session), self._clock(), _milliseconds(ttl_s)
         commands: list[Command] = [
             ("HSETNX", key, "blocks_live_until", repr(now + ttl_s)),
@@ -186,25 +182,19 @@ class RedisSessionStore:
         ]
         commands.append(("PEXPIRE", key + ":blocks", ttl_ms))
         replies = await self._redis.run(commands)
-        stored = await self._extend_lives(hashes, ttl_ms)
+        await self._extend_lives(hashes, ttl_ms)
         blocks_live_until = float(replies[1] or 0.0)
         if blocks_live_until < now + ttl_s * (1 - _REFRESH_FRACTION):
             (every_hash,) = await self._redis.run([("SMEMBERS", key + ":blocks")])
             await self._extend_lives(list(every_hash), ttl_ms)
             await self._redis.run([("HSET", key, "blocks_live_until", repr(now + ttl_s))])
-        return stored
 
-    async def _extend_lives(self, hashes: Sequence[bytes], ttl_ms: int) -> set[bytes]:
-        """Let blocks live at least `ttl_ms` from now; those that are stored."""
-        stored: set[bytes] = set()
+    async def _extend_lives(self, hashes: Sequence[bytes], ttl_ms: int) -> None:
+        """Let blocks live at least `ttl_ms` from now."""
         for batch in _batches(hashes, _BATCH_COMMANDS):
-            commands: list[Command] = []
-            for block_hash in batch:
-                block_key = self._block_key(block_hash)
-                commands += [("EXISTS", block_key), ("PEXPIRE", block_key, ttl_ms, "GT")]
-            replies = await self._redis.run(commands)
-            stored.update(item for item, exists in zip(batch, replies[::2], strict=True) if exists)
-        return stored
+            await self._redis.run(
+                [("PEXPIRE", self._block_key(item), ttl_ms, "GT") for item in batch]
+            )
 
     async def _verify(self, hashes: Sequence[bytes], values: Sequence[Any]) -> list[memoryview]:
         """The sound leading payloads; the first refused value is counted and deleted."""

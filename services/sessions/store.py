@@ -78,8 +78,9 @@ class SessionStore(Protocol):
     ) -> None:
         """Store blocks as part of a session that is now `num_tokens` long.
 
-        A block that is there already is not sent again. The session then lives `ttl_s` from now,
-        and so do the blocks it used earlier; none of them lives shorter than before. Payloads are
+        What is stored under a block's hash is replaced: it may be a damaged value that nobody has
+        read yet. Callers leave out what they know to be sound. The session then lives `ttl_s` from
+        now, and so do the blocks it used earlier; none lives shorter than before. Payloads are
         read until this returns.
         """
         ...

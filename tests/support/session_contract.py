@@ -177,12 +177,15 @@ class SessionStoreContract:
         await eventually(lambda: is_gone(store, lone[0]))
         assert await store.count_prefix(hashes_of([*early, *late])) == 3
 
-    async def test_a_block_that_is_stored_is_not_written_again(self, harness: StoreHarness) -> None:
-        first, again = random_blocks(2)
-        again = type(first)(hash=first.hash, payload=again.payload)
-        await harness.store.put(ALICE, [first], num_tokens=4, ttl_s=60)
-        await harness.store.put(ALICE, [again], num_tokens=4, ttl_s=60)
-        assert as_bytes(await harness.store.fetch([first.hash])) == [first.payload]
+    async def test_putting_a_block_again_replaces_a_damaged_value_nobody_read(
+        self, harness: StoreHarness
+    ) -> None:
+        blocks = random_blocks(3)
+        await harness.store.put(ALICE, blocks, num_tokens=12, ttl_s=60)
+        for block in blocks:
+            await harness.write(block.hash, b"torn")
+        await harness.store.put(ALICE, blocks, num_tokens=12, ttl_s=60)
+        assert as_bytes(await harness.store.fetch(hashes_of(blocks))) == payloads_of(blocks)
 
     @pytest.mark.parametrize(
         ("damage", "reason"),
