@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from services.core.checkpoint import Checkpoint
 from services.core.errors import UnknownExpertError
 from services.core.expert_ffn import PackedExpert, computed_digest, weight_format
 from services.core.registry import Slot
+from services.core.tensor_names import expert_tensor_names
 
 _PROGRESS_EVERY_S = 2.0
 _logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def load_experts(
     device: torch.device,
     cancelled: threading.Event,
 ) -> HeldExperts:
-    """Read, pack and release the slots' tensors one expert after the other.
+    """Read, pack and release the slots' tensors one after the other.
 
     Raises `CheckpointError` naming file and tensor, `UnsupportedModelError`, or
     `LoadingCancelledError` between two experts after `cancelled` was set.
@@ -73,7 +75,7 @@ def load_experts(
         if cancelled.is_set():
             raise LoadingCancelledError
         layers.setdefault(layer, {})[expert] = PackedExpert(
-            checkpoint.expert(layer, expert),
+            _StoredExpert(checkpoint, layer, expert),
             dtype=dtype,
             device=device,
             hidden_act=checkpoint.config.hidden_act,
@@ -95,6 +97,28 @@ def load_experts(
         device=device,
         hidden_size=checkpoint.config.hidden_size,
     )
+
+
+class _StoredExpert:
+    """Weights that are read when they are asked for, each into memory of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, expert: int) -> None:
+        self._checkpoint = checkpoint
+        self._names = expert_tensor_names(layer, expert)
+        self._hidden = checkpoint.config.hidden_size
+        self._intermediate = checkpoint.config.intermediate_size
+
+    @property
+    def w1(self) -> Tensor:
+        return self._checkpoint.tensor(self._names[0], (self._intermediate, self._hidden))
+
+    @property
+    def w2(self) -> Tensor:
+        return self._checkpoint.tensor(self._names[1], (self._hidden, self._intermediate))
+
+    @property
+    def w3(self) -> Tensor:
+        return self._checkpoint.tensor(self._names[2], (self._intermediate, self._hidden))
 
 
 def _ranges(indices: Sequence[int]) -> str:

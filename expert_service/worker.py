@@ -16,6 +16,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from expert_service.allocator import map_blocks_from
 from expert_service.dispatch import DispatchService
 from expert_service.held_experts import HeldExperts, LoadingCancelledError, load_experts
 from expert_service.lease import WorkerLease
@@ -30,6 +31,8 @@ from services.core.settings import Settings
 from services.core.tensor_codec import DTYPE_TO_PROTO, resolve_device, torch_dtype
 
 _STOP_GRACE_S = 0.5
+_LOADING_MAPPED_BYTES = 1 << 20
+_SERVING_MAPPED_BYTES = 32 << 20
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
@@ -149,6 +152,7 @@ class ExpertWorker:
 
     def _read_weights(self, cancelled: threading.Event) -> tuple[Checkpoint, HeldExperts]:
         torch.set_num_threads(self._options.num_threads)
+        map_blocks_from(_LOADING_MAPPED_BYTES)
         settings = self._settings
         device = resolve_device(settings.device)
         checkpoint = Checkpoint.open(settings.model)
@@ -157,6 +161,7 @@ class ExpertWorker:
         dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
         _logger.info("loading %d experts of %s", len(slots), checkpoint.name)
         experts = load_experts(checkpoint, slots, dtype=dtype, device=device, cancelled=cancelled)
+        map_blocks_from(_SERVING_MAPPED_BYTES)
         return checkpoint, experts
 
     async def _drain(self) -> bool:

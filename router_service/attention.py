@@ -22,8 +22,12 @@ from torch import Tensor
 from router_service.batch import ForwardBatch
 from router_service.kv_cache import KVCache
 
-_MAX_PADDING_TOKENS = 256
-_MAX_GROUP_TOKENS = 1 << 15
+_MAX_PADDING = 256
+# On a CPU copies are read again while they are in its cache; elsewhere few launches count.
+_GROUP_BYTES = {"cpu": 1 << 20}
+_OTHER_GROUP_BYTES = 1 << 28
+_QUERIES_AT_ONCE = {"cpu": 64}
+_OTHER_QUERIES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,34 +60,40 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillChunk:
-    """Adjacent queries of one sequence, the rows start:stop of T."""
+class QuerySlice:
+    """Some queries of a chunk, the rows `queries` of T, with the chunk's `keys` that they see."""
 
-    start: int
-    stop: int
+    queries: slice
+    keys: slice
+    mask: Tensor
+    """[Q, L] of the slice, 0 or -inf."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillChunk:
+    """Adjacent queries of one sequence, in slices that skip most of the keys they do not see."""
+
     head_rows: Tensor
-    """int64 [K * L]."""
-    mask: Tensor | None
-    """[Q, L], 0 or -inf; None if plainly causal over the chunk itself."""
+    """int64 [K * L] of all keys of the chunk."""
+    slices: tuple[QuerySlice, ...]
 
     def attend(self, layer: int, queries: Tensor, kv_cache: KVCache, output: Tensor) -> None:
-        queries = queries[self.start : self.stop]
-        num_queries, num_heads, head_dim = queries.shape
+        _, num_heads, head_dim = queries.shape
         num_kv_heads = kv_cache.num_kv_heads
-        num_groups = num_heads // num_kv_heads
+        grouped = (-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        # A head's group shares its keys by a stride of 0; nothing is repeated in memory.
         keys, values = (
-            rows.view(num_kv_heads, 1, -1, head_dim).expand(-1, num_groups, -1, -1)
+            rows.view(num_kv_heads, 1, -1, head_dim).expand(-1, grouped[2], -1, -1)
             for rows in kv_cache.gather(layer, self.head_rows)
         )
-        result = F.scaled_dot_product_attention(
-            queries.view(num_queries, num_kv_heads, num_groups, head_dim).permute(1, 2, 0, 3),
-            keys,
-            values,
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
-        )
-        target = output[self.start : self.stop].view(num_queries, num_kv_heads, num_groups, -1)
-        target.copy_(result.permute(2, 0, 1, 3))
+        for part in self.slices:
+            result = F.scaled_dot_product_attention(
+                queries[part.queries].view(grouped).permute(1, 2, 0, 3),
+                keys[:, :, part.keys],
+                values[:, :, part.keys],
+                attn_mask=part.mask,
+            )
+            output[part.queries].view(grouped).copy_(result.permute(2, 0, 1, 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +142,10 @@ class _PlanBuilder:
         num_queries = [stop - start for start, stop in pairwise(self._batch.query_start)]
         decodes = [seq for seq, count in enumerate(num_queries) if count == 1]
         num_keys = {seq: self._num_keys(seq, 1) for seq in decodes}
+        max_bytes = _GROUP_BYTES.get(self._device.type, _OTHER_GROUP_BYTES)
+        groups = group_by_length(num_keys, max_keys=max_bytes // self._kv_cache.layer_token_bytes)
         return [
-            *(self._decode_group(seqs, num_keys) for seqs in group_by_length(num_keys)),
+            *(self._decode_group(seqs, num_keys) for seqs in groups),
             *(self._prefill_chunk(seq) for seq, count in enumerate(num_queries) if count > 1),
         ]
 
@@ -162,20 +174,34 @@ class _PlanBuilder:
 
     def _prefill_chunk(self, seq: int) -> PrefillChunk:
         start, stop = self._batch.query_start[seq], self._batch.query_start[seq + 1]
-        num_keys = self._num_keys(seq, stop - start)
+        num_queries, num_keys = stop - start, self._num_keys(seq, stop - start)
+        mask = self._causal_mask(num_queries, num_keys)
+        width = _QUERIES_AT_ONCE.get(self._device.type, _OTHER_QUERIES_AT_ONCE)
+        slices = []
+        for first in range(0, num_queries, width):
+            last = min(first + width, num_queries)
+            end = num_keys - num_queries + last
+            begin = 0
+            if self._sliding_window is not None:
+                begin = max(0, end - (last - first) - self._sliding_window + 1)
+            slices.append(
+                QuerySlice(
+                    queries=slice(start + first, start + last),
+                    keys=slice(begin, end),
+                    mask=mask[first:last, begin:end],
+                )
+            )
         slots = self._slots([seq], [num_keys], num_keys)
-        window = self._sliding_window
-        mask = None
-        if num_keys > stop - start or (window is not None and num_keys > window):
-            keys = torch.arange(num_keys, device=self._device)
-            queries = keys[num_keys - (stop - start) :, None]
-            hidden = keys > queries
-            if window is not None:
-                hidden |= queries - keys >= window
-            mask = self._additive(hidden)
-        return PrefillChunk(
-            start=start, stop=stop, head_rows=self._kv_cache.head_rows(slots), mask=mask
-        )
+        return PrefillChunk(head_rows=self._kv_cache.head_rows(slots), slices=tuple(slices))
+
+    def _causal_mask(self, num_queries: int, num_keys: int) -> Tensor:
+        """[Q, L]; the queries are the last of the keys."""
+        keys = torch.arange(num_keys, device=self._device)
+        distances = keys[num_keys - num_queries :, None] - keys
+        hidden = distances < 0
+        if self._sliding_window is not None:
+            hidden |= distances >= self._sliding_window
+        return self._additive(hidden)
 
     def _slots(self, seqs: Sequence[int], num_keys: Sequence[int], longest: int) -> Tensor:
         """int64 [B, longest]: slots of each sequence's last keys, the last repeated as padding."""
@@ -198,18 +224,18 @@ class _PlanBuilder:
         return mask.masked_fill_(hidden, float("-inf"))
 
 
-def group_by_length(num_keys: dict[int, int]) -> list[list[int]]:
+def group_by_length(num_keys: dict[int, int], *, max_keys: int) -> list[list[int]]:
     """Sort sequences (id -> number of keys) into groups of about the same length.
 
     Longest first; a group is closed when its padding would exceed 256 keys, about what one more
-    kernel call costs, or its padded copy 32 768 keys. Ids within a group ascend.
+    kernel call costs, or its padded copy `max_keys`. Ids within a group ascend.
     """
     groups: list[list[int]] = []
     longest = padding = 0
     for seq in sorted(num_keys, key=lambda seq: (-num_keys[seq], seq)):
         padding += longest - num_keys[seq]
-        is_full = groups and (len(groups[-1]) + 1) * longest > _MAX_GROUP_TOKENS
-        if not groups or is_full or padding > _MAX_PADDING_TOKENS:
+        is_full = bool(groups) and (len(groups[-1]) + 1) * longest > max_keys
+        if not groups or is_full or padding > _MAX_PADDING:
             groups.append([])
             longest, padding = num_keys[seq], 0
         groups[-1].append(seq)

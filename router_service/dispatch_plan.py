@@ -12,7 +12,6 @@ Shapes: T tokens, K experts per token, E experts, A = T x K assignments, H hidde
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,48 +118,42 @@ def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> Di
 
     `worker_of_expert` [E]; assignments of an expert whose worker is negative are left out.
     """
-    # All workers at once: assignments sorted by worker, (worker, token) pairs as one index.
+    rows_per_expert = gated.rows_per_expert.tolist()
+    experts_of = _experts_by_worker(worker_of_expert.tolist(), rows_per_expert)
+    # Index work is done for all workers at once: assignments sorted by worker, then by expert.
     worker_of_assignment = worker_of_expert[gated.expert_ids]
     order = np.argsort(worker_of_assignment, kind="stable")
-    workers = worker_of_assignment[order]
-    order = order[np.searchsorted(workers, 0) :]
-    workers = workers[len(workers) - len(order) :]
-    pairs = workers * gated.num_tokens + gated.token_rows[order]
-    num_pairs = int(pairs.max(initial=-1)) + 1
-    is_sent = np.zeros(num_pairs, dtype=np.bool_)
-    is_sent[pairs] = True
-    sent = np.flatnonzero(is_sent)
-    row_of_pair = np.cumsum(is_sent) - 1
+    order = order[np.count_nonzero(worker_of_assignment < 0) :]
+    workers, tokens = worker_of_assignment[order], gated.token_rows[order]
+    is_sent = np.zeros((max(experts_of, default=0) + 1, gated.num_tokens), dtype=np.bool_)
+    is_sent[workers, tokens] = True
+    token_ids = is_sent.nonzero()[1]
+    token_rows = (is_sent.cumsum(axis=1) - 1)[workers, tokens]
+    topk_weights = gated.topk_weights[order]
+    places = None if gated.places is None else gated.places[order]
 
-    present, first_assignment = np.unique(workers, return_index=True)
-    first_row = np.searchsorted(sent, present * gated.num_tokens)
-    token_ids = torch.from_numpy(sent % gated.num_tokens)
-    token_rows = torch.from_numpy(
-        row_of_pair[pairs] - np.repeat(first_row, np.diff(first_assignment, append=len(order)))
-    )
-    topk_weights = torch.from_numpy(gated.topk_weights[order])
-    places = None if gated.places is None else torch.from_numpy(gated.places[order])
-    experts_of = _experts_by_worker(gated, worker_of_expert)
-    frames = tuple(
-        PlannedFrame(
-            worker=worker,
-            token_ids=token_ids[rows],
-            assignments=Assignments(
-                expert_ids=tuple(experts_of[worker]),
-                rows_per_expert=tuple(gated.rows_per_expert[experts_of[worker]].tolist()),
-                token_rows=token_rows[own],
-                topk_weights=topk_weights[own],
-            ),
-            places=None if places is None else places[own],
+    frames = []
+    first, first_token = 0, 0
+    for worker, num_tokens in enumerate(is_sent.sum(axis=1).tolist()):
+        if num_tokens == 0:
+            continue
+        counts = tuple([rows_per_expert[expert] for expert in experts_of[worker]])
+        own = slice(first, first + sum(counts))
+        frames.append(
+            PlannedFrame(
+                worker=worker,
+                token_ids=torch.from_numpy(token_ids[first_token : first_token + num_tokens]),
+                assignments=Assignments(
+                    expert_ids=tuple(experts_of[worker]),
+                    rows_per_expert=counts,
+                    token_rows=torch.from_numpy(token_rows[own]),
+                    topk_weights=torch.from_numpy(topk_weights[own]),
+                ),
+                places=None if places is None else torch.from_numpy(places[own]),
+            )
         )
-        for worker, rows, own in zip(
-            present.tolist(),
-            _runs(first_row, len(sent)),
-            _runs(first_assignment, len(order)),
-            strict=True,
-        )
-    )
-    return DispatchPlan(frames=frames, token_ids=token_ids)
+        first, first_token = own.stop, first_token + num_tokens
+    return DispatchPlan(frames=tuple(frames), token_ids=torch.from_numpy(token_ids))
 
 
 def frame_bytes(num_tokens: int, *, top_k: int, row_bytes: int) -> int:
@@ -204,38 +197,31 @@ def combine_frames(gated: GatedTokens, answers: Sequence[tuple[PlannedFrame, Ten
 
     An answer is [t, H] where `gated.combine`, else [a, H].
     """
-    rows = _joined([answer for _, answer in answers])
+    first = answers[0][1]
+    if gated.combine and len(answers) == 1 and len(first) == gated.num_tokens:
+        return first
+    output = first.new_zeros((gated.num_tokens, first.shape[1]))
     if gated.combine:
-        if len(answers) == 1 and len(rows) == gated.num_tokens:
-            return rows
-        token_ids = _joined([frame.token_ids for frame, _ in answers])
-        output = rows.new_zeros((gated.num_tokens, rows.shape[1]))
-        return output.index_add_(0, token_ids, rows)
-    places = _joined([frame.places for frame, _ in answers if frame.places is not None])
-    by_rank = torch.empty_like(rows).index_copy_(0, places, rows)
-    by_rank = by_rank.view(gated.num_tokens, gated.top_k, rows.shape[1])
-    output = rows.new_zeros((gated.num_tokens, rows.shape[1]))
+        for frame, rows in answers:
+            output.index_add_(0, frame.token_ids, rows)
+        return output
+    by_place = first.new_empty((gated.num_tokens * gated.top_k, first.shape[1]))
+    for frame, rows in answers:
+        assert frame.places is not None
+        by_place.index_copy_(0, frame.places, rows)
+    by_rank = by_place.view(gated.num_tokens, gated.top_k, -1)
     for rank in range(gated.top_k):
         output.add_(by_rank[:, rank])
     return output
 
 
 def _experts_by_worker(
-    gated: GatedTokens, worker_of_expert: NDArray[np.int64]
+    worker_of_expert: list[int], rows_per_expert: list[int]
 ) -> dict[int, list[int]]:
-    """The experts with assignments, ascending, by worker."""
+    """The experts with assignments and a worker, ascending, by worker."""
     experts: dict[int, list[int]] = {}
-    pairs = zip(worker_of_expert.tolist(), gated.rows_per_expert.tolist(), strict=True)
+    pairs = zip(worker_of_expert, rows_per_expert, strict=True)
     for expert, (worker, num_rows) in enumerate(pairs):
-        if num_rows:
+        if num_rows and worker >= 0:
             experts.setdefault(worker, []).append(expert)
     return experts
-
-
-def _runs(starts: NDArray[np.int64], stop: int) -> Iterator[slice]:
-    bounds = [*starts.tolist(), stop]
-    return itertools.starmap(slice, itertools.pairwise(bounds))
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -24,7 +24,7 @@ from router_service.layer_dispatch import DispatchLimits, LayerCall, LayerDispat
 from router_service.non_finite import blank, find_non_finite, spoil
 from router_service.transport import ExpertTransport
 from router_service.worker_link import GrpcTransport
-from router_service.worker_pool import WorkerPool
+from router_service.worker_pool import WorkerPool, log_crash
 from services.core.errors import UnavailableError
 from services.core.model_config import ModelConfig
 from services.core.registry import Registry, Slot
@@ -144,7 +144,8 @@ class RemoteExperts:
 
     def _start(self) -> None:
         if self._follower is None:
-            self._follower = asyncio.create_task(self._follow_registry())
+            self._follower = asyncio.create_task(self._follow_registry(), name="registry")
+            self._follower.add_done_callback(log_crash)
 
     async def _follow_registry(self) -> None:
         is_away = False

@@ -111,7 +111,6 @@ class Engine:
         )
         self._step_sampler = StepSampler(tracer, interval=step_sample_interval)
         self._num_steps = 0
-        self._aborts: list[OutputStream] = []
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -249,8 +248,8 @@ class Engine:
         self._wake.set()
 
     def _request_abort(self, stream: OutputStream) -> None:
-        """Blocks may be in use by a step in flight; they are freed when it has ended."""
-        self._aborts.append(stream)
+        """Safe in the middle of a step: freed blocks are given out by the next plan only."""
+        self._tracker.abort(stream)
         self._wake.set()
 
     async def _serve(self) -> None:
@@ -272,9 +271,6 @@ class Engine:
 
     async def _step(self) -> bool:
         """One step, and False when there was nothing to do."""
-        aborts, self._aborts = self._aborts, []
-        for stream in aborts:
-            self._tracker.abort(stream)
         if self._tracker.is_empty:
             self._drained.set()
         plan = self._scheduler.schedule()

@@ -30,6 +30,7 @@ class KVCache:
         self.block_size = block_size
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.layer_token_bytes = 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
         shape = (config.num_hidden_layers, 2, num_blocks, block_size)
         self.tensor = torch.zeros(
             (*shape, self.num_kv_heads, self.head_dim), dtype=dtype, device=device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from router_service.dispatch_telemetry import layer_span
 from router_service.expert_load import ExpertLoad
 from router_service.experts import StepContext
 from services.core.checkpoint import Checkpoint
-from services.core.expert_ffn import Assignments, PackedExpert, moe_forward
+from services.core.expert_ffn import PackedExpert, moe_forward
 from services.core.registry import Slot
 
 
@@ -88,7 +87,7 @@ class LocalExperts:
         gated = group_by_expert(topk_ids.cpu(), topk_weights.cpu(), self._num_experts)
         self._load.add(layer, gated.rows_per_expert)
         with layer_span(self._tracer, layer, gated, context):
-            assignments = _on_device(all_assignments(gated), hidden_states.device)
+            assignments = all_assignments(gated).to(hidden_states.device)
             return moe_forward(self._layers[layer], hidden_states, assignments, combine=True)
 
     async def wait_ready(self) -> None:
@@ -106,13 +105,3 @@ class LocalExperts:
 
     async def close(self) -> None:
         return
-
-
-def _on_device(assignments: Assignments, device: torch.device) -> Assignments:
-    if device.type == "cpu":
-        return assignments
-    return dataclasses.replace(
-        assignments,
-        token_rows=assignments.token_rows.to(device),
-        topk_weights=assignments.topk_weights.to(device),
-    )

@@ -152,7 +152,7 @@ class RequestTracker:
         for entry, token in zip(outcome.entries, outcome.tokens, strict=True):
             sequence = entry.sequence
             if sequence.status is SequenceStatus.FINISHED:
-                continue  # a sibling in the same step failed, and the request with it
+                continue  # aborted during the step, or a sibling in it has failed
             if isinstance(token, NonFiniteError):
                 self._fail_owner(sequence, token, culprit=sequence)
                 continue

@@ -21,7 +21,7 @@ from services.core.generation import SamplingParams
 class SamplingRow:
     """One row of logits and what the next token of its sequence is drawn by.
 
-    `position` is the index in the sequence of the token being drawn; with `seed` (64 bits) it
+    `position` is the index in the completion of the token being drawn; with `seed` (64 bits) it
     fixes the draw. `eos_token_ids` are the model's. Token ids are below V, save in `logit_bias`,
     `stop_token_ids` and `eos_token_ids`, where others have no effect.
     """

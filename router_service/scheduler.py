@@ -105,11 +105,10 @@ class Scheduler:
         admitted: list[Sequence] = []
         preempted: list[Sequence] = []
         for sequence in tuple(self._running):
-            if budget == 0:
-                break
             if sequence.is_decoding and self._make_room(sequence, preempted):
                 entries.append(_decode(sequence))
                 budget -= 1
+        # Never below 0: to become a decode, a sequence needed budget beside all other decodes.
         for sequence in self._running:
             if not sequence.is_decoding:
                 entry = self._prefill(sequence, budget, imports_left)
@@ -117,7 +116,7 @@ class Scheduler:
                     entries.append(entry)
                     budget -= entry.num_tokens
                     imports_left -= len(entry.imports)
-        while budget and self._waiting and not preempted and self._admit(self._waiting[0]):
+        while budget and self._waiting and self._admit(self._waiting[0]):
             sequence = self._running_from_queue()
             admitted.append(sequence)
             entry = self._prefill(sequence, budget, imports_left)
@@ -243,7 +242,6 @@ class Scheduler:
         self.blocks.release(sequence.block_table)
         del sequence.block_table[:]
         sequence.num_computed_tokens = 0
-        sequence.num_published_blocks = 0
         sequence.pending_imports.clear()
         sequence.restored = {}
 

@@ -145,14 +145,12 @@ class WorkerPool:
 
     def _start(self, record: WorkerRecord) -> None:
         member = self._members[record.worker_id] = _Member(record=record)
-        member.task = asyncio.create_task(self._keep_joined(member))
+        member.task = asyncio.create_task(
+            self._keep_joined(member), name=f"worker {record.worker_id}"
+        )
         self._tasks.add(member.task)
-        member.task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.critical("a worker is no longer followed", exc_info=error)
+        member.task.add_done_callback(self._tasks.discard)
+        member.task.add_done_callback(log_crash)
 
     def _stop(self, member: _Member) -> None:
         del self._members[member.record.worker_id]
@@ -188,7 +186,7 @@ class WorkerPool:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     def _on_broken(self, member: _Member, reason: str) -> None:
-        self._leave(member, reason)
+        self._leave(member, reason, level=logging.WARNING)
         member.wake.set()
 
     async def _join(self, member: _Member, link: WorkerLink) -> float | None:
@@ -231,9 +229,9 @@ class WorkerPool:
             member.slots = slots
             self._rebuild()
 
-    def _leave(self, member: _Member, reason: str) -> None:
+    def _leave(self, member: _Member, reason: str, *, level: int = logging.INFO) -> None:
         if member.slots is not None:
-            logger.warning("worker %s left: %s", member.record.worker_id, reason)
+            logger.log(level, "worker %s left: %s", member.record.worker_id, reason)
             member.slots, member.link = None, None
             self._rebuild()
 
@@ -263,6 +261,12 @@ class WorkerPool:
             version=version,
             local_host=self._local_host,
         )
+
+
+def log_crash(task: asyncio.Task[None]) -> None:
+    """Done callback of tasks that only end by being cancelled."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("task %s crashed", task.get_name(), exc_info=error)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float | None) -> None:

@@ -74,8 +74,8 @@ class PackedExpert:
     """An expert's weights in the layout of the fastest kernel at hand (see `PackedLinear`).
 
     The activation is fused into the first product; fusing w1 and w3 into one product measured no
-    faster. The unpacked weights are not kept, so packing expert after expert needs one expert's
-    memory more than the result.
+    faster. Each matrix is asked for once and its unpacked form is not kept: with weights that
+    are read when asked for, packing needs one matrix's memory more than the result.
     """
 
     def __init__(
@@ -90,11 +90,10 @@ class PackedExpert:
             raise UnsupportedModelError(
                 f"hidden_act {hidden_act!r} is not served; experts must use 'silu'"
             )
-        self.hidden_size = int(weights.w1.shape[1])
-        self.weight_bytes = 3 * weights.w1.numel() * dtype.itemsize
         self._gate = PackedLinear(weights.w1, dtype=dtype, device=device, silu=True)
         self._up = PackedLinear(weights.w3, dtype=dtype, device=device)
         self._down = PackedLinear(weights.w2, dtype=dtype, device=device)
+        self.weight_bytes = sum(p.weight_bytes for p in (self._gate, self._up, self._down))
 
     def forward(self, rows: Tensor) -> Tensor:
         """w2(silu(w1 x) * w3 x) of every row: [R, H] -> [R, H] in the weights' dtype."""

@@ -23,6 +23,11 @@ _KINDS: dict[str, type[WorkerRecord] | type[ShardRecord]] = {
 _COUNTS = ("tokens", "expert_load")
 _STATES = ("loading", "ready", "draining")
 _MAX_LAYERS = 1 << 16
+# What JSON of any other shape, depth or range can raise.
+_DECODE_ERRORS = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),
+)
 
 
 class RecordError(ExpertfleetError):
@@ -53,7 +58,7 @@ def decode_record(payload: bytes) -> WorkerRecord | ShardRecord:
             if item.name in fields:
                 values[item.name] = _decode_field(item.name, str(item.type), fields[item.name])
         return kind(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DECODE_ERRORS as error:
         raise RecordError(
             f"not a lease record ({type(error).__name__}: {error}): {payload[:80]!r}"
         ) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -241,31 +241,35 @@ def _dtype(proto_dtype: int) -> torch.dtype:
 
 def _assignments(header: experts_pb2.DispatchRequest) -> Assignments:
     expert_ids, rows_per_expert = tuple(header.expert_ids), tuple(header.rows_per_expert)
-    num_assignments = sum(rows_per_expert)
-    _check(
-        len(expert_ids) == len(rows_per_expert) and expert_ids != (),
-        f"{len(expert_ids)} expert_ids and {len(rows_per_expert)} rows_per_expert; "
-        "there must be as many of both, and at least one",
-    )
-    _check(_ascends(expert_ids), f"expert_ids {expert_ids} must ascend strictly")
-    _check(0 not in rows_per_expert, f"rows_per_expert {rows_per_expert} must be 1 or more each")
-    for name in ("token_rows", "topk_weights"):
-        num_bytes = len(getattr(header, name))
-        _check(
-            num_bytes == 4 * num_assignments,
-            f"{name} has {num_bytes} bytes; {num_assignments} assignments take "
-            f"{4 * num_assignments}",
+    if len(expert_ids) != len(rows_per_expert) or not expert_ids:
+        raise MalformedFrameError(
+            f"{len(expert_ids)} expert_ids and {len(rows_per_expert)} rows_per_expert; "
+            "there must be as many of both, and at least one"
         )
-    rows = np.frombuffer(header.token_rows, dtype="<i4")
-    weights = np.frombuffer(header.topk_weights, dtype="<f4")
+    if not _ascends(expert_ids):
+        raise MalformedFrameError(f"expert_ids {expert_ids} must ascend strictly")
+    if 0 in rows_per_expert:
+        raise MalformedFrameError(f"rows_per_expert {rows_per_expert} must be 1 or more each")
+    num_assignments = sum(rows_per_expert)
+    rows = _values(header.token_rows, "token_rows", "<i4", num_assignments)
+    weights = _values(header.topk_weights, "topk_weights", "<f4", num_assignments)
     _check_rows(rows, rows_per_expert, header.num_tokens)
-    _check(_all_true(np.isfinite(weights)), "topk_weights has NaN or infinity")
+    if not _all_true(np.isfinite(weights)):
+        raise MalformedFrameError("topk_weights has NaN or infinity")
     return Assignments(
         expert_ids=expert_ids,
         rows_per_expert=rows_per_expert,
         token_rows=torch.from_numpy(rows.astype(np.int64)),
         topk_weights=torch.from_numpy(weights.astype(np.float32)),
     )
+
+
+def _values(data: bytes, name: str, dtype: str, count: int) -> NDArray[Any]:
+    if len(data) != 4 * count:
+        raise MalformedFrameError(
+            f"{name} has {len(data)} bytes; {count} assignments take {4 * count}"
+        )
+    return np.frombuffer(data, dtype=dtype)
 
 
 def _check_rows(rows: NDArray[np.int32], rows_per_expert: Sequence[int], num_tokens: int) -> None:
@@ -275,13 +279,14 @@ def _check_rows(rows: NDArray[np.int32], rows_per_expert: Sequence[int], num_tok
     for count in rows_per_expert:
         stop = start + count
         first, last = int(rows[start]), int(rows[stop - 1])
-        _check(
-            first >= 0 and last < num_tokens,
-            f"token_rows spans {first} to {last}; rows are 0 to {num_tokens - 1}",
-        )
+        if first < 0 or last >= num_tokens:
+            raise MalformedFrameError(
+                f"token_rows spans {first} to {last}; rows are 0 to {num_tokens - 1}"
+            )
         ascends[start - 1 : start] = True  # the step from the expert before; none before the first
         start = stop
-    _check(_all_true(ascends), "token_rows must ascend strictly within an expert")
+    if not _all_true(ascends):
+        raise MalformedFrameError("token_rows must ascend strictly within an expert")
 
 
 def _all_true(flags: NDArray[np.bool_]) -> bool:
@@ -291,8 +296,3 @@ def _all_true(flags: NDArray[np.bool_]) -> bool:
 
 def _ascends(values: Sequence[int]) -> bool:
     return all(low < high for low, high in itertools.pairwise(values))
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise MalformedFrameError(message)

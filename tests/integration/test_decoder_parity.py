@@ -1,7 +1,7 @@
 """The decoder against transformers on fresh random checkpoints.
 
-Random weights have close calls between tokens: a difference in rounding flips a greedy token only
-where the two best logits are nearer than that, which in float32 does not happen in so few tokens.
+Greedy tokens must be equal, save that after a tie (two best logits nearer to each other than
+float32 rounding, once in tens of thousands of tokens) a completion may go on otherwise.
 """
 
 from __future__ import annotations
@@ -76,19 +76,24 @@ def oracle_logits(oracle: Any, token_ids: list[int]) -> Tensor:
     return logits
 
 
-def oracle_greedy(oracle: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    completions = []
-    for prompt in prompts:
+def assert_greedy(oracle: Any, prompts: list[list[int]], completions: list[list[int]]) -> None:
+    """The completions are what the oracle's own `generate` gives, up to a tie."""
+    for prompt, completion in zip(prompts, completions, strict=True):
         output = oracle.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=max_tokens,
+            max_new_tokens=len(completion),
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
-        completions.append(output[0, len(prompt) :].tolist())
-    return completions
+        expected = output[0, len(prompt) :].tolist()
+        if completion == expected:
+            continue
+        same = next(i for i, token in enumerate(expected) if completion[i] != token)
+        logits = oracle_logits(oracle, prompt + expected[:same])[-1]
+        is_tie = abs(logits[completion[same]] - logits[expected[same]]) < FLOAT32_TOLERANCE
+        assert is_tie, f"token {same} differs: {completion} is not {expected}"
 
 
 async def test_logits_equal_those_of_transformers(folder: Path) -> None:
@@ -101,21 +106,22 @@ async def test_logits_equal_those_of_transformers(folder: Path) -> None:
 async def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
     """Long and short prompts in one batch, whole and in chunks beside running decodes."""
     prompts = random_prompts(40, 3, 17, 1, 26)
-    expected = oracle_greedy(load_oracle(folder), prompts, 24)
+    oracle = load_oracle(folder)
     for chunk in (None, 7):
-        assert await hand_engine(folder).greedy(prompts, 24, chunk=chunk) == expected
+        completions = await hand_engine(folder).greedy(prompts, 24, chunk=chunk)
+        assert_greedy(oracle, prompts, completions)
 
 
 async def test_greedy_tokens_after_a_cached_prefix_equal_those_of_transformers(
     folder: Path,
 ) -> None:
     (prompt,) = random_prompts(30)
-    expected = oracle_greedy(load_oracle(folder), [prompt], 12)[0]
     engine = hand_engine(folder)
     first = HandSequence(token_ids=list(prompt))
     await engine.step([Part(first, 30)])
     second = HandSequence(token_ids=list(prompt), num_computed=24, block_ids=first.block_ids[:6])
-    assert await continue_greedily(engine, second, 12) == expected
+    completion = await continue_greedily(engine, second, 12)
+    assert_greedy(load_oracle(folder), [prompt], [completion])
 
 
 async def continue_greedily(engine: HandEngine, sequence: HandSequence, count: int) -> list[int]:
@@ -136,26 +142,48 @@ async def test_long_contexts_keep_their_positions(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, atol=FLOAT32_TOLERANCE, rtol=FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALF_TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.004}
+"""Mean over tokens of |error| / |logits| (2-norms); transformers has 0.022 and 0.0026."""
+
+
+async def half_precision_errors(
+    folder: Path, dtype: torch.dtype, prompts: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Relative errors of every token's logits, ours and transformers', teacher-forced.
+
+    The truth is the oracle with the same (rounded) weights in float32.
+    """
+    exact, rounded = load_oracle(folder), load_oracle(folder, dtype)
+    ours, theirs = [], []
+    for prompt in prompts:
+        expected = oracle_logits(exact, prompt)
+        logits = await hand_engine(folder, dtype).score(prompt, [len(prompt) // 2, 1, 1])
+        ours.append((logits - expected).norm(dim=-1) / expected.norm(dim=-1))
+        errors = oracle_logits(rounded, prompt) - expected
+        theirs.append(errors.norm(dim=-1) / expected.norm(dim=-1))
+    return torch.cat(ours), torch.cat(theirs)
+
+
+@pytest.mark.parametrize("dtype", list(HALF_TOLERANCE))
 async def test_half_precision_is_as_near_to_float32_as_transformers_in_that_precision(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Teacher-forced; the oracle computes the same (rounded) weights in float32.
+    """With all experts chosen, so that rounding cannot send a token to another expert."""
+    folder = make_checkpoint(tmp_path, dtype=dtype, num_experts_per_tok=4)
+    ours, theirs = await half_precision_errors(folder, dtype, random_prompts(150, 150))
+    print(f"relative error {ours.mean():.4f}, of transformers {theirs.mean():.4f}")
+    assert ours.mean() < HALF_TOLERANCE[dtype]
+    assert ours.max() < 4 * HALF_TOLERANCE[dtype]
+    assert ours.mean() < 1.1 * theirs.mean()
 
-    A token whose second and third expert are about equally likely may go to another expert after
-    rounding, so the mean error is compared, not the largest.
-    """
+
+@pytest.mark.parametrize("dtype", list(HALF_TOLERANCE))
+async def test_half_precision_with_a_choice_of_experts_is_near_to_float32_for_most_tokens(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Where two experts are about equally likely, rounding sends a token and those that attend to
+    it elsewhere, in transformers too; so this is about the median."""
     folder = make_checkpoint(tmp_path, dtype=dtype, num_local_experts=8)
-    exact, rounded = load_oracle(folder), load_oracle(folder, dtype)
-    ours, theirs = [], []
-    for prompt in random_prompts(200, 200):
-        expected = oracle_logits(exact, prompt)
-        logits = await hand_engine(folder, dtype).score(prompt, [100, 1, 1])
-        ours.append((logits - expected).abs().mean() / expected.abs().mean())
-        theirs.append(
-            (oracle_logits(rounded, prompt) - expected).abs().mean() / expected.abs().mean()
-        )
-    mean_error, their_error = float(torch.stack(ours).mean()), float(torch.stack(theirs).mean())
-    print(f"mean relative error of logits: {mean_error:.4f}, of transformers: {their_error:.4f}")
-    assert mean_error < {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    assert mean_error < 1.25 * their_error
+    ours, theirs = await half_precision_errors(folder, dtype, random_prompts(*[25] * 8))
+    print(f"relative error {ours.median():.4f}, of transformers {theirs.median():.4f}")
+    assert ours.median() < 2 * HALF_TOLERANCE[dtype]

@@ -34,8 +34,16 @@ class FakeShard:
         self.num_aborted = 0
         self.started = asyncio.Event()
         self.closed = asyncio.Event()
+        self._streams: list[AsyncGenerator[tuple[GenerationDelta, ...], None]] = []
 
-    async def generate(
+    def generate(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[tuple[GenerationDelta, ...], None]:
+        stream = self._play(request)
+        self._streams.append(stream)  # kept, so that only its reader can close it
+        return stream
+
+    async def _play(
         self, request: GenerateRequest
     ) -> AsyncGenerator[tuple[GenerationDelta, ...], None]:
         self.requests.append(request)

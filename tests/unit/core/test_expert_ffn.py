@@ -127,9 +127,7 @@ def test_merged_frames_have_the_bits_they_have_alone(
     ]
     merged = moe_forward_each(experts, frames)
     for frame, result in zip(frames, merged, strict=True):
-        alone = moe_forward(
-            experts, frame.hidden_states, frame.assignments, combine=frame.combine
-        )
+        alone = moe_forward(experts, frame.hidden_states, frame.assignments, combine=frame.combine)
         assert torch.equal(result, alone)
 
 

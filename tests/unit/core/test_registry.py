@@ -60,6 +60,7 @@ def test_fields_of_a_newer_version_are_skipped_and_missing_optional_ones_take_de
         {"slots": [1]},
         {"tokens": {"0": ["0-3", [1]]}},
         {"pid": "many"},
+        {"pid": float("inf")},
         {"endpoint": 7},
         {"endpoint": None},
     ],
@@ -70,7 +71,11 @@ def test_a_wrong_field_is_refused_as_a_record_error(change: dict[str, Any]) -> N
         decode_record(json.dumps(fields).encode())
 
 
-@pytest.mark.parametrize("payload", [b"", b"\xff\x00", b"[]", b"{}", b"null", b'{"kind":"worker"}'])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\xff\x00", b"[]", b"{}", b"null", b'{"kind":"worker"}', b"[" * 100_000],
+    ids=range(7),
+)
 def test_bytes_that_are_no_record_are_refused_as_a_record_error(payload: bytes) -> None:
     with pytest.raises(RecordError):
         decode_record(payload)

@@ -91,6 +91,14 @@ def test_logprobs_are_not_told_before_the_text_of_their_token() -> None:
     assert len(after[0].logprobs) == len(held) + 1
 
 
+def test_logprobs_of_a_character_of_several_tokens_come_with_the_character() -> None:
+    token_ids = encode("🦊")
+    updates = feed(new_choice(), token_ids, finish=False)
+    assert [len(update.logprobs) for update in updates] == [0] * (len(token_ids) - 1) + [
+        len(token_ids)
+    ]
+
+
 @settings(deadline=None)
 @given(text=st.text(min_size=1, max_size=40), stop=st.text(min_size=1, max_size=2))
 def test_every_text_offset_is_where_its_token_begins_in_the_text(text: str, stop: str) -> None:

@@ -29,7 +29,7 @@ def reference(stops: list[str], text: str) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(stops=st.lists(LETTERS, max_size=3), pieces=st.lists(st.text("ab", max_size=4), max_size=12))
 def test_however_the_text_is_cut_the_first_stop_string_to_complete_ends_it(
     stops: list[str], pieces: list[str]
@@ -38,7 +38,7 @@ def test_however_the_text_is_cut_the_first_stop_string_to_complete_ends_it(
     assert ("".join(shown), is_stopped) == reference(stops, "".join(pieces))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(stops=st.lists(LETTERS, min_size=1, max_size=3), text=st.text("abc", max_size=20))
 def test_only_what_may_still_become_a_stop_string_is_held_back(stops: list[str], text: str) -> None:
     matcher = StopStrings(stops)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from router_service.dispatch_plan import (
+    DispatchPlan,
     GatedTokens,
     PlannedFrame,
     combine_frames,
     frame_bytes,
     group_by_expert,
-    plan_frames,
+    plan_dispatch,
     rows_that_fit,
     split_frame,
 )
@@ -42,20 +43,18 @@ def experts_of(generator: torch.Generator, dtype: torch.dtype) -> dict[int, Pack
 
 def answer(
     experts: dict[int, PackedExpert],
-    frames: Sequence[PlannedFrame],
     gated: GatedTokens,
-    hidden_states: Tensor,
+    sent: Iterable[tuple[PlannedFrame, Tensor]],
 ) -> list[tuple[PlannedFrame, Tensor]]:
-    """What workers would send back."""
+    """What workers would send back for frames with their rows."""
     return [
-        (
-            frame,
-            moe_forward(
-                experts, frame.select(hidden_states), frame.assignments, combine=gated.combine
-            ),
-        )
-        for frame in frames
+        (frame, moe_forward(experts, rows, frame.assignments, combine=gated.combine))
+        for frame, rows in sent
     ]
+
+
+def with_rows(plan: DispatchPlan, hidden_states: Tensor) -> list[tuple[PlannedFrame, Tensor]]:
+    return list(zip(plan.frames, plan.select(hidden_states), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +71,9 @@ async def test_the_sum_has_the_same_bits_whoever_computes_which_expert(
         gated = group_by_expert(ids, weights, E)
         for num_workers in range(1, 9):
             workers = random_workers_of_experts(generator, num_experts=E, num_workers=num_workers)
-            answers = answer(experts, plan_frames(gated, workers), gated, hidden_states)
+            answers = answer(
+                experts, gated, with_rows(plan_dispatch(gated, workers), hidden_states)
+            )
             order = torch.randperm(len(answers), generator=generator).tolist()
             combined = combine_frames(gated, [answers[index] for index in order])
             assert torch.equal(combined.view(torch.uint8), expected.view(torch.uint8))
@@ -91,9 +92,11 @@ async def test_frames_of_a_first_try_and_of_a_resend_add_up_to_the_same_bits(
     )
     workers = random_workers_of_experts(generator, num_experts=E, num_workers=3)
     failed = workers == 1
-    first = plan_frames(gated, np.where(failed, -1, workers))
-    again = plan_frames(gated, np.where(failed, np.arange(E) % 2, -1))
-    answers = answer(experts, first + again, gated, hidden_states)
+    first = plan_dispatch(gated, np.where(failed, -1, workers))
+    again = plan_dispatch(gated, np.where(failed, np.arange(E) % 2, -1))
+    answers = answer(
+        experts, gated, with_rows(first, hidden_states) + with_rows(again, hidden_states)
+    )
     assert torch.equal(combine_frames(gated, answers), expected)
 
 
@@ -109,9 +112,10 @@ async def test_a_frame_split_by_tokens_gives_the_whole_result(
         0, hidden_states, ids, weights, StepContext()
     )
     workers = random_workers_of_experts(generator, num_experts=E, num_workers=2)
-    pieces = [piece for frame in plan_frames(gated, workers) for piece in split_frame(frame, 20, 3)]
-    assert all(len(piece.select(hidden_states)) <= 3 for piece in pieces)
-    combined = combine_frames(gated, answer(experts, pieces, gated, hidden_states))
+    frames = with_rows(plan_dispatch(gated, workers), hidden_states)
+    pieces = [piece for frame, rows in frames for piece in split_frame(frame, rows, 3)]
+    assert max(len(rows) for _, rows in pieces) <= 3
+    combined = combine_frames(gated, answer(experts, gated, pieces))
     torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -123,8 +127,8 @@ def test_a_worker_gets_each_of_its_tokens_once_in_the_order_the_wire_asks_for(
     gated = group_by_expert(ids, weights, E)
     workers = random_workers_of_experts(generator, num_experts=E, num_workers=4)
     seen: list[tuple[int, int, float]] = []
-    for frame in plan_frames(gated, workers):
-        tokens = frame.token_ids if frame.token_ids is not None else torch.arange(40)
+    for frame in plan_dispatch(gated, workers).frames:
+        tokens = frame.token_ids
         assert tokens.tolist() == sorted(set(tokens.tolist()))
         assigned = frame.assignments
         assert list(assigned.expert_ids) == sorted(set(assigned.expert_ids))
@@ -151,19 +155,21 @@ def test_a_worker_gets_each_of_its_tokens_once_in_the_order_the_wire_asks_for(
 def test_experts_without_a_worker_are_left_out() -> None:
     ids, weights = torch.tensor([[0, 1], [2, 1]]), torch.full((2, 2), 0.5)
     gated = group_by_expert(ids, weights, 4)
-    (frame,) = plan_frames(gated, np.array([-1, 7, -1, 7]))
+    (frame,) = plan_dispatch(gated, np.array([-1, 7, -1, 7])).frames
     assert frame.worker == 7
     assert frame.assignments.expert_ids == (1,)
-    assert plan_frames(gated, np.full(4, -1)) == ()
+    nothing = plan_dispatch(gated, np.full(4, -1))
+    assert nothing.frames == ()
+    assert list(nothing.select(torch.randn(2, H))) == []
 
 
 def test_negative_zero_comes_out_as_positive_zero_however_it_is_summed() -> None:
     gated = group_by_expert(torch.tensor([[0]]), torch.ones(1, 1), 2)
-    (frame,) = plan_frames(gated, np.zeros(2, dtype=np.int64))
+    (frame,) = plan_dispatch(gated, np.zeros(2, dtype=np.int64)).frames
     two = group_by_expert(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), 3)
-    frames = plan_frames(two, np.array([0, 1, 1]))
+    frames = plan_dispatch(two, np.array([0, 1, 1])).frames
     rows = [torch.full((len(f.assignments.token_rows), H), -0.0) for f in frames]
-    combined = combine_frames(two, zip(frames, rows, strict=True))
+    combined = combine_frames(two, list(zip(frames, rows, strict=True)))
     assert not torch.signbit(combined).any()
     # A worker's own sum starts from zeros, so its answer has no negative zero to pass on.
     negative = torch.full((1, H), -0.0)
@@ -180,11 +186,11 @@ def test_frames_cut_to_a_bound_stay_below_it(generator: torch.Generator, top_k: 
     ids, weights = random_gate(generator, num_tokens=max_rows, num_experts=E, top_k=top_k)
     hidden_states = torch.randn(max_rows, H, generator=generator)
     gated = group_by_expert(ids, weights, E)
-    (frame,) = plan_frames(gated, np.zeros(E, dtype=np.int64))
+    (frame,) = plan_dispatch(gated, np.zeros(E, dtype=np.int64)).frames
     encoded = encode_request(
         call_id=2**63,
         layer=2**31,
-        hidden_states=frame.select(hidden_states),
+        hidden_states=hidden_states,
         assignments=frame.assignments,
         combine=gated.combine,
         traceparent="00-" + "f" * 52,

@@ -23,7 +23,7 @@ from services.core.errors import (
     OverloadedError,
     UnavailableError,
 )
-from services.core.generation import GenerateRequest
+from services.core.generation import GenerateRequest, TokenLogprob
 from tests.support.eventually import eventually
 from tests.support.fake_decoder import (
     EOS,
@@ -66,21 +66,23 @@ def _poisoned(token: int, error: Exception) -> Hook:
 
 
 class _Gate:
-    """Stops the decoder, for batches with the token, until it is opened."""
+    """Stops the decoder, for batches with the token, until it is opened from another thread."""
 
     def __init__(self, token: int) -> None:
         self.token = token
         self.reached = threading.Event()
-        self._open = threading.Event()
+        self._opened = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def open(self) -> None:
-        self._open.set()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._opened.set)
 
     async def __call__(self, batch: ForwardBatch, context: StepContext) -> None:
-        if self.token in batch.token_ids and not self._open.is_set():
+        if self.token in batch.token_ids:
+            self._loop = asyncio.get_running_loop()
             self.reached.set()
-            while not self._open.is_set():
-                await asyncio.sleep(0.001)
+            await self._opened.wait()
 
 
 async def test_tokens_come_one_after_another_and_end_at_max_tokens() -> None:
@@ -196,7 +198,7 @@ async def test_min_tokens_come_before_any_end_of_sequence() -> None:
 
 async def test_log_probabilities_come_with_each_token() -> None:
     async with _running(fake_engine()) as engine:
-        logprobs = []
+        logprobs: list[TokenLogprob] = []
         async for deltas in engine.generate(fake_request([1], 3, logprobs=2)):
             for delta in deltas:
                 assert delta.logprobs is not None
@@ -205,8 +207,9 @@ async def test_log_probabilities_come_with_each_token() -> None:
     assert all(len(item.top) == 2 and item.top[0][0] == item.token_id for item in logprobs)
 
 
-async def test_completions_of_a_request_share_the_prompt_s_blocks() -> None:
-    async with _running(fake_engine()) as engine:
+@pytest.mark.parametrize("budget", [7, 512])
+async def test_completions_of_a_request_share_the_prompt_s_blocks(budget: int) -> None:
+    async with _running(fake_engine(max_num_batched_tokens=budget)) as engine:
         prompt = list(range(18))
         completions = await collect(engine.generate(fake_request(prompt, 5, n=4)))
         stats = engine.stats()
@@ -250,9 +253,7 @@ async def test_a_wrong_request_is_refused_before_the_first_delta(
 
 async def test_too_much_waiting_work_is_refused_and_the_rest_is_served() -> None:
     gate = _Gate(token=99)
-    engine = fake_engine(
-        max_num_seqs=1, max_waiting_tokens=20, decoder=FakeDecoder(4, before=gate)
-    )
+    engine = fake_engine(max_num_seqs=1, max_waiting_tokens=20, decoder=FakeDecoder(4, before=gate))
     async with _running(engine):
         blocking = asyncio.ensure_future(_complete(engine, fake_request([99], 2)))
         await asyncio.to_thread(gate.reached.wait, 5)
@@ -275,7 +276,7 @@ async def test_closing_the_iterator_frees_the_blocks() -> None:
         assert engine.stats().num_generated_tokens < 200
 
 
-async def test_cancelling_the_reader_frees_the_blocks_at_the_next_step_boundary() -> None:
+async def test_cancelling_the_reader_frees_the_blocks_within_a_step() -> None:
     gate = _Gate(token=42)
     async with _running(fake_engine(decoder=FakeDecoder(4, before=gate))) as engine:
         reader = asyncio.ensure_future(_complete(engine, fake_request([42], 200)))
@@ -284,9 +285,10 @@ async def test_cancelling_the_reader_frees_the_blocks_at_the_next_step_boundary(
         with pytest.raises(asyncio.CancelledError):
             await reader
         steps = engine.stats().num_steps
-        gate.open()
         await eventually(lambda: engine.stats().kv_blocks_used == 0)
-        assert engine.stats().num_steps == steps + 1
+        gate.open()
+        assert (await _complete(engine, fake_request([1], 3))).token_ids == greedy_tokens([1], 3)
+        assert engine.stats().num_steps == steps + 1 + 3
 
 
 async def test_a_request_that_waits_can_be_aborted() -> None:
@@ -420,15 +422,14 @@ async def test_micro_batches_of_a_step_are_disjoint_and_numbered() -> None:
 
 async def test_micro_batches_run_side_by_side() -> None:
     """The second micro-batch goes on while the first waits for its experts."""
-    other_ran = threading.Event()
+    other_ran = asyncio.Event()
 
     async def before(batch: ForwardBatch, context: StepContext) -> None:
         if context.micro_batch == 1:
             other_ran.set()
         elif batch.num_seqs > 1:
             async with asyncio.timeout(5):
-                while not other_ran.is_set():
-                    await asyncio.sleep(0)
+                await other_ran.wait()
 
     decoder = FakeDecoder(4, before=before)
     async with _running(fake_engine(decoder=decoder, num_micro_batches=2)) as engine:
@@ -451,10 +452,10 @@ async def test_requests_from_two_event_loops_are_served_together() -> None:
 
 async def test_a_caller_whose_loop_died_loses_its_request() -> None:
     async with _running(fake_engine()) as engine:
+        deltas = engine.generate(fake_request([1], 250))
 
         def abandon() -> None:
             loop = asyncio.new_event_loop()
-            deltas = engine.generate(fake_request([1], 250))
             loop.run_until_complete(anext(deltas))
             loop.close()
 

@@ -144,7 +144,7 @@ def test_the_youngest_is_evicted_when_a_decode_finds_no_block() -> None:
     scheduler.add(old)
     scheduler.add(young)
     assert len(_run_step(scheduler).entries) == 2
-    preempted = []
+    preempted: list[Sequence] = []
     for _ in range(8):
         preempted += _run_step(scheduler).preempted
     assert [sequence.order for sequence in preempted] == [1]
@@ -172,7 +172,7 @@ def test_nothing_is_admitted_while_the_spare_blocks_of_the_running_would_be_take
     scheduler = _scheduler(num_blocks=4)
     scheduler.add(_sequence(0, range(4)))
     _run_step(scheduler)
-    scheduler.add(_sequence(1, range(50, 59), max_tokens=4))
+    scheduler.add(_sequence(1, range(50, 58), max_tokens=4))
     assert not _run_step(scheduler).admitted
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from router_service.block_hash import root_hash
@@ -73,7 +74,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         step = self._plan()
-        failed = data.draw(st.sets(st.sampled_from(range(len(step.entries))))) if step.entries else ()
+        failed = (
+            data.draw(st.sets(st.sampled_from(range(len(step.entries))))) if step.entries else ()
+        )
         for index, entry in enumerate(step.entries):
             if index in failed:
                 self._finish(entry.sequence)

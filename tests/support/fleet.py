@@ -1,0 +1,209 @@
+"""Real expert workers inside the test: their servers on loopback, their frames, their threads.
+
+A worker costs milliseconds here instead of the seconds that a process takes to import torch, so a
+test can afford many fleets. What differs from the product is only that they share one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from opentelemetry.trace import NoOpTracer
+from prometheus_client import CollectorRegistry
+
+from expert_service.dispatch import DispatchService
+from expert_service.frame_spans import FrameSpans
+from expert_service.worker import ExpertWorker, WorkerOptions
+from expert_service.worker_stats import WorkerStats
+from router_service.decoder import MixtralDecoder
+from router_service.dispatcher import RemoteExperts
+from router_service.engine import Engine
+from router_service.kv_cache import KVCache
+from router_service.loop_thread import LoopThread
+from router_service.sampler import Sampler
+from router_service.step_plan import SchedulerConfig
+from services.core.checkpoint import Checkpoint
+from services.core.generation import GenerateRequest, SamplingParams
+from services.core.memory_registry import MemoryRegistry
+from services.core.model_config import ModelConfig
+from services.core.placement import WorkerSlots
+from services.core.settings import Settings, load_settings
+from services.core.static_registry import StaticRegistry
+from tests.support.eventually import eventually
+
+NUM_THREADS = 1
+"""Torch threads of a worker; experts in process must have as many to give the same bits."""
+
+
+@asynccontextmanager
+async def running_workers(
+    folder: Path, placement: Sequence[WorkerSlots]
+) -> AsyncIterator[list[str]]:
+    """One worker for each part of the placement; yields their endpoints once all are ready."""
+    fleet = _Fleet(settings=load_settings(model=str(folder), device="cpu"))
+    thread = LoopThread("workers")
+    thread.start()
+    try:
+        yield await thread.run(fleet.start(placement))
+        await thread.run(fleet.stop())
+    finally:
+        await thread.stop()
+
+
+def remote_experts(
+    config: ModelConfig, endpoints: Sequence[str], dtype: torch.dtype
+) -> RemoteExperts:
+    """A dispatcher to the workers at `endpoints`."""
+    return RemoteExperts(config, registry=StaticRegistry(endpoints, timeout_s=10.0), dtype=dtype)
+
+
+@asynccontextmanager
+async def connected(
+    config: ModelConfig, endpoints: Sequence[str], dtype: torch.dtype
+) -> AsyncIterator[RemoteExperts]:
+    """A dispatcher on this event loop, to all of the model's experts."""
+    experts = remote_experts(config, endpoints, dtype)
+    try:
+        await experts.wait_ready()
+        yield experts
+    finally:
+        await experts.close()
+
+
+@asynccontextmanager
+async def running_engine(
+    folder: Path,
+    endpoints: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 4,
+    num_blocks: int = 96,
+    max_num_batched_tokens: int = 24,
+    num_micro_batches: int = 1,
+) -> AsyncIterator[Engine]:
+    """The engine over the workers at `endpoints`, ready."""
+    checkpoint = Checkpoint.open(str(folder))
+    config, device = checkpoint.config, torch.device("cpu")
+    thread = LoopThread("engine")
+    thread.start()
+    experts = remote_experts(config, endpoints, dtype)
+    await thread.run(experts.wait_ready())
+    engine = Engine(
+        config=config,
+        scheduler_config=SchedulerConfig(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=config.max_position_embeddings,
+            max_num_batched_tokens=max_num_batched_tokens,
+        ),
+        decoder=MixtralDecoder.load(checkpoint, dtype=dtype, device=device),
+        kv_cache=KVCache(
+            config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
+        ),
+        experts=experts,
+        sampler=Sampler(),
+        model_fingerprint=checkpoint.non_expert_digest(),
+        num_micro_batches=num_micro_batches,
+        num_threads=NUM_THREADS,
+        thread=thread,
+    )
+    engine.start()
+    try:
+        yield engine
+        engine.check_alive()
+    finally:
+        await engine.stop(timeout_s=0)
+
+
+async def greedy(
+    engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> list[list[int]]:
+    """`max_tokens` greedy tokens of every prompt, all requests at once."""
+
+    async def one(number: int, prompt: Sequence[int]) -> list[int]:
+        request = GenerateRequest(
+            request_id=f"request-{number}",
+            prompt_token_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        )
+        return [
+            token
+            async for deltas in engine.generate(request)
+            for delta in deltas
+            for token in delta.token_ids
+        ]
+
+    return list(await asyncio.gather(*(one(*item) for item in enumerate(prompts))))
+
+
+def random_placement(config: ModelConfig, generator: random.Random) -> list[WorkerSlots]:
+    """Every layer's experts dealt anew to one to three workers, in no order; one worker has a
+    replica."""
+    placement = []
+    for layer in range(config.num_hidden_layers):
+        experts = list(range(config.num_local_experts))
+        generator.shuffle(experts)
+        num_workers = generator.randint(1, min(3, len(experts)))
+        for first in range(num_workers):
+            held = tuple(sorted(experts[first::num_workers]))
+            placement.append(WorkerSlots(experts=held, layers=range(layer, layer + 1)))
+    placement.append(generator.choice(placement))
+    generator.shuffle(placement)
+    return placement
+
+
+@dataclass(kw_only=True)
+class _Fleet:
+    """Workers on one loop; their leases say when they are ready."""
+
+    settings: Settings
+    registry: MemoryRegistry = field(default_factory=MemoryRegistry)
+    workers: list[ExpertWorker] = field(default_factory=list)
+    runs: list[asyncio.Task[bool]] = field(default_factory=list)
+
+    async def start(self, placement: Sequence[WorkerSlots]) -> list[str]:
+        """Their endpoints once all are ready; raises what one of them raised."""
+        for index, part in enumerate(placement):
+            worker = self._worker(f"worker-{index}", part)
+            self.workers.append(worker)
+            self.runs.append(asyncio.create_task(worker.run()))
+        await eventually(self._is_ready, timeout_s=60)
+        return [worker.endpoint for worker in self.workers]
+
+    async def stop(self) -> None:
+        for worker in self.workers:
+            worker.request_stop()
+        assert all(await asyncio.gather(*self.runs)), "frames were left unanswered"
+
+    async def _is_ready(self) -> bool:
+        for run in self.runs:
+            if run.done():
+                run.result()
+        leases = (await self.registry.snapshot()).workers
+        return sum(lease.state == "ready" for lease in leases) == len(self.workers)
+
+    def _worker(self, worker_id: str, part: WorkerSlots) -> ExpertWorker:
+        stats = WorkerStats(CollectorRegistry())
+        options = WorkerOptions(
+            worker_id=worker_id,
+            experts=part.experts,
+            layers=part.layers,
+            host="127.0.0.1",
+            port=0,
+            advertised_host="127.0.0.1",
+            num_threads=NUM_THREADS,
+        )
+        dispatch = DispatchService(
+            max_frame_bytes=self.settings.max_frame_bytes,
+            stats=stats,
+            spans=FrameSpans(NoOpTracer(), worker_id=worker_id),
+        )
+        return ExpertWorker(
+            self.settings, options, dispatch=dispatch, stats=stats, registry=self.registry
+        )

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.cli.child import EXIT_BAD_INPUT, Child, ChildFailedError, ChildSpec
+from tests.support.eventually import eventually
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
+
+
+def _child(tmp_path: Path, code: str, events: list[str] | None = None) -> Child:
+    command: Sequence[str] = [sys.executable, "-c", code]
+    spec = ChildSpec(name="part", command=command, log_file=tmp_path / "part.log")
+    return Child(spec, (events if events is not None else []).append)
+
+
+async def _until_up(child: Child, times: int = 1) -> None:
+    log = child.spec.log_file
+    await eventually(lambda: log.exists() and log.read_text().count("up") >= times, timeout_s=30)
+
+
+async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
+    events: list[str] = []
+    child = _child(tmp_path, SLEEP, events)
+    await child.start()
+    try:
+        await _until_up(child)
+        first = child.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await _until_up(child, times=2)
+        assert child.pid != first
+        assert child.num_restarts == 1
+        assert "SIGKILL" in events[0]
+    finally:
+        await child.stop(1.0)
+
+
+async def test_bad_input_is_not_tried_again_and_its_words_are_kept(tmp_path: Path) -> None:
+    child = _child(tmp_path, f"import sys; print('no such model'); sys.exit({EXIT_BAD_INPUT})")
+    await child.start()
+    await eventually(lambda: child.failure is not None, timeout_s=30)
+    with pytest.raises(ChildFailedError, match="no such model"):
+        child.check()
+    assert child.num_restarts == 0
+    await child.stop(1.0)
+
+
+async def test_stopping_ends_a_child_that_ignores_sigterm(tmp_path: Path) -> None:
+    child = _child(tmp_path, IGNORE_SIGTERM)
+    await child.start()
+    await _until_up(child)
+    pid = child.pid
+    assert pid is not None
+    async with asyncio.timeout(5):
+        await child.stop(0.2)
+    assert not psutil.pid_exists(pid)
+
+
+async def test_stopping_ends_what_the_child_has_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print('up', p.pid, flush=True); p.wait()"
+    )
+    child = _child(tmp_path, code)
+    await child.start()
+    await _until_up(child)
+    grandchild = int(child.spec.log_file.read_text().split()[1])
+    await child.stop(0.2)
+    await eventually(lambda: not psutil.pid_exists(grandchild), timeout_s=5)
+
+
+async def test_stopping_during_the_back_off_starts_nothing(tmp_path: Path) -> None:
+    events: list[str] = []
+    child = _child(tmp_path, "raise SystemExit(3)", events)
+    await child.start()
+    await eventually(lambda: bool(events), timeout_s=30)
+    await child.stop(1.0)
+    restarts = child.num_restarts
+    await asyncio.sleep(0.5)
+    assert child.num_restarts == restarts
