@@ -19,13 +19,13 @@ import torch
 from expert_service.allocator import map_blocks_from
 from expert_service.dispatch import DispatchService
 from expert_service.held_experts import HeldExperts, LoadingCancelledError, load_experts
-from expert_service.lease import WorkerLease
 from expert_service.server import WorkerServer, join_host_port
 from expert_service.slots import select_slots
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
 from services.core.checkpoint import Checkpoint
 from services.core.expert_ffn import weight_format
+from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName
 from services.core.settings import Settings
 from services.core.tensor_codec import DTYPE_TO_PROTO, resolve_device, torch_dtype
@@ -88,7 +88,7 @@ class ExpertWorker:
         self._server = WorkerServer(
             dispatch=dispatch, describe=self._describe, max_frame_bytes=settings.max_frame_bytes
         )
-        self._lease = registry and WorkerLease(
+        self._lease = registry and Lease(
             registry,
             self._record,
             heartbeat_s=settings.heartbeat_s,

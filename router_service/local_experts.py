@@ -31,7 +31,7 @@ class LocalExperts:
         tracer: Tracer | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`layers` has all of the model's experts, `digests` is of their weights as stored."""
+        """`layers` has all of the model's experts, `digests` is of their weights as computed."""
         self._layers = layers
         self._digests = digests
         self._num_experts = len(layers[0])
@@ -73,7 +73,8 @@ class LocalExperts:
             )
             if on_layer is not None:
                 on_layer(layer + 1, num_layers)
-        digests = {slot: checkpoint.slot_digest(*slot) for slot in slots}
+        held_as = weight_format(dtype)
+        digests = {slot: computed_digest(checkpoint.slot_digest(*slot), held_as) for slot in slots}
         return cls(layers, digests, tracer=tracer, metrics=metrics)
 
     async def forward(

@@ -91,7 +91,7 @@ def test_counts_of_tokens_per_expert_add_up(
 
 
 def _is_complete(spans: list[SpanRecord]) -> bool:
-    """The request's own spans are there, all layers of its steps, and a worker's below each call."""
+    """The request's own spans, all layers of its steps, and a worker's span below each call."""
     by_name: dict[str, list[SpanRecord]] = {}
     for span in spans:
         if span.trace_id == TRACE_ID:

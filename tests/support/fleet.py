@@ -51,9 +51,11 @@ async def running_workers(
     thread.start()
     try:
         yield await thread.run(fleet.start(placement))
-        await thread.run(fleet.stop())
     finally:
+        # gRPC's server must end before its loop does.
+        is_drained = await thread.run(fleet.stop())
         await thread.stop()
+    assert is_drained, "frames were left unanswered"
 
 
 def remote_experts(
@@ -176,10 +178,12 @@ class _Fleet:
         await eventually(self._is_ready, timeout_s=60)
         return [worker.endpoint for worker in self.workers]
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
+        """Drain and end all; whether everything accepted was answered."""
         for worker in self.workers:
             worker.request_stop()
-        assert all(await asyncio.gather(*self.runs)), "frames were left unanswered"
+        ends = await asyncio.gather(*self.runs, return_exceptions=True)
+        return all(end is True for end in ends)
 
     async def _is_ready(self) -> bool:
         for run in self.runs:

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from expert_service.lease import WorkerLease
 from services.core.errors import UnavailableError
+from services.core.lease import Lease
 from services.core.registry import FleetSnapshot, ShardRecord, WorkerRecord
 from tests.support.eventually import eventually
 
@@ -37,7 +37,7 @@ class FlakyRegistry:
     async def close(self) -> None: ...
 
 
-def make_lease(registry: FlakyRegistry, heartbeat_s: float = 0.01) -> WorkerLease:
+def make_lease(registry: FlakyRegistry, heartbeat_s: float = 0.01) -> Lease:
     def record() -> WorkerRecord:
         return WorkerRecord(
             worker_id="w",
@@ -53,7 +53,7 @@ def make_lease(registry: FlakyRegistry, heartbeat_s: float = 0.01) -> WorkerLeas
             num_frames=registry.num_calls,
         )
 
-    return WorkerLease(registry, record, heartbeat_s=heartbeat_s, lease_s=5.0)
+    return Lease(registry, record, heartbeat_s=heartbeat_s, lease_s=5.0)
 
 
 async def test_a_fresh_record_is_written_at_start_and_each_heartbeat() -> None:
