@@ -16,7 +16,7 @@ from router_service.dispatch_telemetry import layer_span
 from router_service.expert_load import ExpertLoad
 from router_service.experts import StepContext
 from services.core.checkpoint import Checkpoint
-from services.core.expert_ffn import PackedExpert, moe_forward
+from services.core.expert_ffn import PackedExpert, computed_digest, moe_forward, weight_format
 from services.core.registry import Slot
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from router_service.experts import StepContext
 from router_service.local_experts import LocalExperts
 from services.core.checkpoint import Checkpoint
+from services.core.expert_ffn import computed_digest
 from services.core.telemetry import (
     ATTR_EXPERT_IDS,
     ATTR_GATE_WEIGHTS,
@@ -66,7 +67,7 @@ def test_a_call_never_waits(checkpoint: Checkpoint) -> None:
     assert ended.value.value.shape == (3, checkpoint.config.hidden_size)
 
 
-def test_progress_is_told_layer_by_layer_and_every_slot_has_a_digest(
+def test_progress_is_told_by_layer_and_slots_have_the_digests_that_workers_give(
     checkpoint: Checkpoint,
 ) -> None:
     progress: list[tuple[int, int]] = []
@@ -78,7 +79,7 @@ def test_progress_is_told_layer_by_layer_and_every_slot_has_a_digest(
     )
     assert progress == [(1, 2), (2, 2)]
     assert experts.slot_digests() == {
-        (layer, expert): checkpoint.slot_digest(layer, expert)
+        (layer, expert): computed_digest(checkpoint.slot_digest(layer, expert), "float32")
         for layer in range(2)
         for expert in range(4)
     }
