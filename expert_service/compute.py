@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expert_service.frame_queue import FrameQueue
 from expert_service.held_experts import HeldExperts
-from services.core.errors import ExpertfleetError, MalformedFrameError, NonFiniteError
+from services.core.errors import ExpertfleetError, MalformedFrameError
 from services.core.expert_ffn import MoeInput, moe_forward_each
 from services.core.wire import RequestFrame
 
@@ -130,8 +130,10 @@ def _compute_frames(
             f"layer {frames[good[0]].layer} could not be computed: {type(error).__name__}: {error}"
         )
         return results
+    # A row that overflowed is answered as it is, as in process: the shard then fails the request
+    # it belongs to, and not those beside it in the frame.
     for i, output in zip(good, outputs, strict=True):
-        results[i] = output if _is_finite(output) else _overflow_error(frames[i])
+        results[i] = output
     return results
 
 
@@ -155,15 +157,6 @@ def _check_finite(frame: RequestFrame) -> Tensor | ExpertfleetError:
     bad_rows = (~torch.isfinite(frame.hidden_states)).any(dim=1).nonzero().flatten().tolist()
     return MalformedFrameError(
         f"hidden_states has NaN or infinity in rows {bad_rows[:8]} of layer {frame.layer}"
-    )
-
-
-def _overflow_error(frame: RequestFrame) -> NonFiniteError:
-    return NonFiniteError(
-        f"experts {list(frame.assignments.expert_ids)} of layer {frame.layer} gave NaN or infinity "
-        f"in {frame.hidden_states.dtype} for finite hidden_states; a wider dtype may help",
-        layer=frame.layer,
-        where="expert",
     )
 
 

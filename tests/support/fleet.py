@@ -120,7 +120,7 @@ async def running_engine(
         yield engine
         engine.check_alive()
     finally:
-        await engine.stop(timeout_s=0)
+        await engine.stop(timeout_s=5)
 
 
 async def greedy(

@@ -451,7 +451,8 @@ async def test_requests_from_two_event_loops_are_served_together() -> None:
 
 
 async def test_a_caller_whose_loop_died_loses_its_request() -> None:
-    async with _running(fake_engine()) as engine:
+    slow = FakeDecoder(4, before=lambda *_: asyncio.sleep(0.005))
+    async with _running(fake_engine(decoder=slow)) as engine:
         deltas = engine.generate(fake_request([1], 250))
 
         def abandon() -> None:
@@ -461,6 +462,7 @@ async def test_a_caller_whose_loop_died_loses_its_request() -> None:
 
         await asyncio.to_thread(abandon)
         await eventually(lambda: engine.stats().kv_blocks_used == 0)
+        assert engine.stats().num_generated_tokens < 250
 
 
 async def test_stopping_lets_running_requests_finish_and_refuses_new_ones() -> None:
