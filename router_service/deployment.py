@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import os
 import random
 import re
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,14 @@ from services.core.errors import (
     UnsupportedModelError,
 )
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
+from services.core.logging_setup import configure_logging
 from services.core.settings import Settings
 
 log = logging.getLogger(__name__)
 
 APPLICATION = "expertfleet"
 MAX_ONGOING_REQUESTS = 4096
+SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 class SessionThenLoadRouter(ConsistentHashRouter):  # type: ignore[misc]
@@ -61,6 +65,7 @@ class ShardReplica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: Settings, in_process_experts: bool
     ) -> None:
+        _log_to_file(settings, "shard")
         # In a thread: loading may take minutes, and Ray talks to the replica meanwhile.
         self._shard = await asyncio.to_thread(
             AttentionShard.start, settings, in_process_experts=in_process_experts
@@ -101,6 +106,7 @@ class GatewayReplica:
     """The HTTP front: builds the application that `factory` names, over the shards' handle."""
 
     def __init__(self, settings: Settings, factory: str, shards: Any) -> None:
+        _log_to_file(settings, "gateway")
         self._settings = settings
         self._factory = factory
         self._client = RayShardClient(shards)
@@ -230,17 +236,33 @@ def start(application: Any, *, ray_dir: Path, host: str, port: int, num_gpus: in
         _temp_dir=str(ray_dir),
         object_store_memory=128 << 20,
     )
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": None})
+    serve.start(
+        http_options={"host": host, "port": port, "request_timeout_s": None},
+        logging_config=SERVE_LOGGING,
+    )
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        serve.run(
+            application,
+            name=APPLICATION,
+            route_prefix="/",
+            logging_config=SERVE_LOGGING,
+        )
     except RuntimeError as error:
         raise _start_failure(error) from error
 
 
-def stop() -> None:
-    """End the application and Ray itself."""
-    serve.shutdown()
+def stop(timeout_s: float) -> None:
+    """End the application, for at most `timeout_s` with its consent, and then Ray itself."""
+    graceful = threading.Thread(target=serve.shutdown, daemon=True)
+    graceful.start()
+    graceful.join(timeout_s)
     ray.shutdown()
+
+
+def _log_to_file(settings: Settings, service: str) -> None:
+    """Into the state folder, where there is one: what Ray keeps of a replica goes with Ray."""
+    file = settings.state_dir / "logs" / f"{service}.log" if settings.state_dir else None
+    configure_logging(settings.log_level, service=service, instance=str(os.getpid()), file=file)
 
 
 async def _call(method: Any, *arguments: Any) -> Any:

@@ -29,7 +29,6 @@ from router_service.step_plan import SchedulerConfig
 from services.core.checkpoint import Checkpoint
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
 from services.core.lease import Lease
-from services.core.logging_setup import configure_logging
 from services.core.memory_registry import MemoryRegistry
 from services.core.metrics import MetricsServer, new_registry
 from services.core.model_config import ModelConfig
@@ -84,7 +83,6 @@ class AttentionShard:
         that no worker holds after `expert_wait_s`.
         """
         shard_id = f"shard-{secrets.token_hex(4)}"
-        configure_logging(settings.log_level, service="shard", instance=shard_id)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         tracing = configure_tracing(settings, SERVICE_SHARD, instance_id=shard_id)

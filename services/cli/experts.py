@@ -13,6 +13,7 @@ from rich.text import Text
 
 from services.cli.chat import ApiKey, Url
 from services.cli.gateway_client import DEFAULT_URL, GatewayClient
+from services.cli.tables import titled_table
 
 SHADES = "▁▂▃▄▅▆▇█"
 
@@ -44,7 +45,7 @@ def _screen(fleet: dict[str, Any]) -> Group:
 
 def _load_table(fleet: dict[str, Any]) -> Table:
     """One row a layer, one column an expert: share of tokens, hotter ones marked."""
-    table = Table(title="share of tokens by expert", title_justify="left")
+    table = titled_table("share of tokens by expert")
     table.add_column("layer", justify="right")
     for expert in range(fleet["num_experts"]):
         table.add_column(str(expert), justify="right")
@@ -63,11 +64,11 @@ def _load_table(fleet: dict[str, Any]) -> Table:
 def _share(share: float, hottest: float, num_experts: int) -> Text:
     shade = SHADES[min(len(SHADES) - 1, int(share / hottest * len(SHADES)))]
     style = "bold red" if share * num_experts > 1.5 else ""
-    return Text(f"{share:4.0%} {shade}", style=style)
+    return Text(f"{share:.0%} {shade}", style=style)
 
 
 def _worker_table(fleet: dict[str, Any]) -> Table:
-    table = Table(title="expert workers", title_justify="left")
+    table = titled_table("expert workers")
     for name in ("worker", "state", "device", "experts", "MiB", "tokens", "queue ms", "compute ms"):
         table.add_column(name, justify="left" if name in ("worker", "state") else "right")
     for worker in fleet["workers"]:
@@ -85,7 +86,7 @@ def _worker_table(fleet: dict[str, Any]) -> Table:
 
 
 def _shard_table(fleet: dict[str, Any]) -> Table:
-    table = Table(title="attention shards", title_justify="left")
+    table = titled_table("attention shards")
     for name in ("shard", "running", "waiting", "KV use", "generated", "prefilled"):
         table.add_column(name, justify="left" if name == "shard" else "right")
     for shard in fleet["shards"]:

@@ -12,7 +12,6 @@ from fastapi import FastAPI
 
 from services.core.generation import ShardClient
 from services.core.hub import find_model
-from services.core.logging_setup import configure_logging
 from services.core.redis_registry import RedisRegistry
 from services.core.registry import Registry
 from services.core.settings import Settings
@@ -24,7 +23,6 @@ from services.gateway.app import create_app
 def build_gateway(settings: Settings, shard: ShardClient) -> Any:
     """The gateway's ASGI application, with its registry and tracing, which end with it."""
     instance = f"gateway-{os.getpid()}"
-    configure_logging(settings.log_level, service="gateway", instance=instance)
     tracing = configure_tracing(settings, SERVICE_GATEWAY, instance_id=instance)
     registry: Registry | None = None
     if settings.redis_url is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import uvicorn
@@ -10,6 +11,7 @@ import uvicorn
 from services.cli.child import EXIT_BAD_INPUT
 from services.cli.gateway_factory import build_gateway
 from services.core.errors import CheckpointError, ConfigurationError
+from services.core.logging_setup import configure_logging
 from services.core.settings import load_settings
 
 
@@ -18,6 +20,7 @@ def main() -> int:
     parser.add_argument("--in-process-experts", action="store_true")
     arguments = parser.parse_args()
     settings = load_settings()
+    configure_logging(settings.log_level, service="serve", instance=str(os.getpid()))
     # Imported here: it brings torch, which the command line does without.
     from router_service.shard import AttentionShard
 

@@ -13,6 +13,7 @@ from services.core.errors import CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
 from services.core.settings import load_settings
 
+STOP_GRACEFULLY_S = 4.0
 GATEWAY = "services.cli.gateway_factory:build_gateway"
 
 
@@ -54,7 +55,7 @@ def main() -> int:
         sys.stderr.write(f"{error.message}\n")
         return EXIT_BAD_INPUT
     finally:
-        deployment.stop()
+        deployment.stop(STOP_GRACEFULLY_S)
     return 0
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.state_folder import default_state_dir
+from services.cli.tables import titled_table
 from services.core import telemetry
 from services.core.errors import NotFoundError
 from services.core.settings import load_settings
@@ -85,7 +86,7 @@ def _tree_line(row: TreeRow) -> str:
 
 
 def _slowest(requests: list[RequestSummary]) -> Table:
-    table = Table(title="slowest requests", title_justify="left")
+    table = titled_table("slowest requests")
     for name in ("request", "began", "ms", "queue", "restore", "prefill", "decode", "in", "out"):
         table.add_column(name, justify="left" if name in ("request", "began") else "right")
     table.add_column("trace")
@@ -107,7 +108,7 @@ def _slowest(requests: list[RequestSummary]) -> Table:
 
 
 def _phases(phases: list[PhaseTimes]) -> Table:
-    table = Table(title="time by phase, ms", title_justify="left")
+    table = titled_table("time by phase, ms")
     for name in ("phase", "count", "total", "mean", "p50", "p95", "max"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in phases:
@@ -117,7 +118,7 @@ def _phases(phases: list[PhaseTimes]) -> Table:
 
 
 def _load(load: ExpertLoad) -> Table:
-    table = Table(title=f"tokens by expert in {load.num_steps} sampled steps", title_justify="left")
+    table = titled_table(f"tokens by expert in {load.num_steps} sampled steps")
     experts = sorted({expert for _, expert in load.tokens})
     table.add_column("layer", justify="right")
     for expert in experts:

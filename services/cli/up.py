@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,9 +87,9 @@ async def _run(
         _say("stopped")
 
 
-async def _unless(stop: asyncio.Event, work: object) -> bool:
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
     """Run `work` until it ends (True) or `stop` is set (False); its errors are raised."""
-    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    task = asyncio.create_task(work)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()

@@ -1,10 +1,11 @@
-"""How processes log: one line per record on stderr, ready for a file or a collector."""
+"""How processes log: one line per record, ready for a file or a collector."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from pathlib import Path
 
 _QUIET_LOGGERS = (
     "asyncio",
@@ -20,12 +21,16 @@ _QUIET_LOGGERS = (
 )
 
 
-def configure_logging(level: str, *, service: str, instance: str) -> None:
+def configure_logging(level: str, *, service: str, instance: str, file: Path | None = None) -> None:
     """Log from `level` ("debug" to "error") on, replacing what handlers the root logger had.
 
-    Libraries that talk on every request are heard from "warning" on.
+    To stderr, or appending to `file`, whose folder is made. Libraries that talk on every request
+    are heard from "warning" on.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file)
     handler.setFormatter(LineFormatter(service=service, instance=instance))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in _QUIET_LOGGERS:
