@@ -27,6 +27,7 @@ from benchmarks.wide_workers import MeasuredWorker, peak_rss_bytes, start_worker
 from router_service.shard import AttentionShard
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.model_config import ModelConfig, load_model_config
+from services.core.registry_json import format_ranges
 from services.core.settings import Settings, load_settings
 
 NUM_PROMPTS = 4
@@ -156,20 +157,21 @@ def _report(
         f"**{model}**, {config.num_hidden_layers} layer(s), bf16: {_mb(total_bytes)} MB in "
         f"{len(files)} shards, {len(workers)} workers. Sizes are in MB (10^6 bytes). "
         "`read` is what the worker says it read of the checkpoint, `read by the process` is the "
-        "kernel's count of all its reads, Python's modules included. `rows` are the (token, expert) "
-        "pairs it computed, as many as the shard sent it. Allowed is "
+        "kernel's count of all its reads, Python's modules included. `rows` are the (token, "
+        "expert) pairs it computed, as many as the shard sent it. Allowed is "
         f"{ALLOWED_RATIO} x own weights + {ALLOWED_BYTES / 1e6:.0f} MB.",
         "",
-        "| worker | experts | layers | own weights | read | read by the process | peak RSS "
-        "when ready | peak RSS | allowed | peak / allowed | start to ready, s | loading, s | rows |",
+        "| worker | experts | layers | own weights | read | read by the process "
+        "| peak RSS when ready | peak RSS | allowed | peak / allowed | start to ready, s "
+        "| loading, s | rows |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for worker in workers:
         allowed = ALLOWED_RATIO * worker.weight_bytes + ALLOWED_BYTES
         experts = ", ".join(map(str, worker.placement.experts))
-        layers = worker.placement.layers
+        layers = format_ranges(worker.placement.layers)
         lines.append(
-            f"| {worker.worker_id} | {experts} | {layers.start}-{layers.stop - 1} "
+            f"| {worker.worker_id} | {experts} | {layers} "
             f"| {_mb(worker.weight_bytes)} | {_mb(worker.checkpoint_bytes_read)} "
             f"| {_mb(worker.process_bytes_read)} | {_mb(worker.ready_peak_bytes)} "
             f"| {_mb(worker.peak_bytes)} | {_mb(allowed)} | {worker.peak_bytes / allowed:.2f} "

@@ -15,6 +15,7 @@ from services.core.checkpoint import Checkpoint
 from services.core.errors import UnknownExpertError
 from services.core.expert_ffn import PackedExpert, computed_digest, weight_format
 from services.core.registry import Slot
+from services.core.row_source import RowSource
 from services.core.tensor_names import expert_tensor_names
 
 _PROGRESS_EVERY_S = 2.0
@@ -100,7 +101,8 @@ def load_experts(
 
 
 class _StoredExpert:
-    """Weights that are read when they are asked for, each into memory of its own."""
+    """Weights that are read when they are asked for, each into memory of its own; w2, which is
+    packed last and when memory is scarcest, in slices."""
 
     def __init__(self, checkpoint: Checkpoint, layer: int, expert: int) -> None:
         self._checkpoint = checkpoint
@@ -113,8 +115,8 @@ class _StoredExpert:
         return self._checkpoint.tensor(self._names[0], (self._intermediate, self._hidden))
 
     @property
-    def w2(self) -> Tensor:
-        return self._checkpoint.tensor(self._names[1], (self._hidden, self._intermediate))
+    def w2(self) -> RowSource:
+        return self._checkpoint.rows_of(self._names[1], (self._hidden, self._intermediate))
 
     @property
     def w3(self) -> Tensor:

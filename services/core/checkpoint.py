@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from services.core.hub import find_model
 from services.core.model_config import DTYPES, ModelConfig, load_model_config
 from services.core.model_files import ModelFiles, Progress
 from services.core.registry import Slot
+from services.core.row_source import LazyRows, RowSource
 from services.core.safetensors_files import StoredTensor, read_chunks, read_header
 from services.core.tensor_codec import tensor_to_bytes, torch_dtype
 from services.core.tensor_names import (
@@ -116,11 +118,20 @@ class Checkpoint:
         run = torch.empty(source.shape, dtype=torch_dtype(stored.dtype))
         self._read(name, stored, source, run)
         tensor = _in_canonical_order(run, source.order, self.config.head_dim)
-        if tuple(tensor.shape) != tuple(shape):
-            raise _tensor_error(
-                stored, f"has shape {list(tensor.shape)}, but {list(shape)} was asked for"
-            )
+        _check_shape(tensor.shape, shape, stored)
         return tensor
+
+    def rows_of(self, name: str, shape: tuple[int, int]) -> RowSource:
+        """The tensor as `tensor` gives it, but each slice of rows is read when it is taken.
+
+        A tensor that is stored in another order is read at once.
+        """
+        source, stored = self._locate(name)
+        if source.order != "as_is":
+            return self.tensor(name, shape)
+        _check_shape(source.shape, shape, stored)
+        self._required.setdefault(name, _run_range(source, stored)[1])
+        return LazyRows(shape, partial(self._read_rows, name, stored, source))
 
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """The weights of one (layer, expert) slot."""
@@ -207,6 +218,15 @@ class Checkpoint:
                 raise
         return self._headers[file]
 
+    def _read_rows(
+        self, name: str, stored: StoredTensor, source: TensorSource, first: int, count: int
+    ) -> torch.Tensor:
+        shape = (count, *source.shape[1:])
+        start = source.start + first * math.prod(source.shape[1:])
+        run = torch.empty(shape, dtype=torch_dtype(stored.dtype))
+        self._read(name, stored, replace(source, shape=shape, start=start), run)
+        return run
+
     def _read(
         self, name: str, stored: StoredTensor, source: TensorSource, run: torch.Tensor
     ) -> None:
@@ -256,6 +276,11 @@ def _check_finite(values: torch.Tensor, stored: StoredTensor, start: int) -> Non
         return
     at = int(torch.isfinite(values).logical_not_().nonzero()[0, 0])
     raise _tensor_error(stored, f"has the value {values[at].item()} at element {start + at}")
+
+
+def _check_shape(shape: Sequence[int], wanted: Sequence[int], stored: StoredTensor) -> None:
+    if tuple(shape) != tuple(wanted):
+        raise _tensor_error(stored, f"has shape {list(shape)}, but {list(wanted)} was asked for")
 
 
 def _tensor_error(stored: StoredTensor, what: str) -> CheckpointError:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from services.core.errors import UnsupportedModelError
 from services.core.packed_linear import PackedLinear
+from services.core.row_source import RowSource
 
 _MAX_ROWS_AT_ONCE = 1024
+_PART_BYTES = 64 << 20
 
 
 class FfnWeights(Protocol):
@@ -28,7 +30,7 @@ class FfnWeights(Protocol):
     @property
     def w1(self) -> Tensor: ...
     @property
-    def w2(self) -> Tensor: ...
+    def w2(self) -> RowSource: ...
     @property
     def w3(self) -> Tensor: ...
 
@@ -74,8 +76,9 @@ class PackedExpert:
     """An expert's weights in the layout of the fastest kernel at hand (see `PackedLinear`).
 
     The activation is fused into the first product; fusing w1 and w3 into one product measured no
-    faster. Each matrix is asked for once and its unpacked form is not kept: with weights that
-    are read when asked for, packing needs one matrix's memory more than the result.
+    faster. Each matrix is asked for once and its unpacked form is not kept. The last one is packed
+    in parts, so with weights that are read when asked for, packing takes about `_PART_BYTES` more
+    memory than the result.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class PackedExpert:
             )
         self._gate = PackedLinear(weights.w1, dtype=dtype, device=device, silu=True)
         self._up = PackedLinear(weights.w3, dtype=dtype, device=device)
-        self._down = PackedLinear(weights.w2, dtype=dtype, device=device)
+        self._down = PackedLinear(weights.w2, dtype=dtype, device=device, part_bytes=_PART_BYTES)
         self.weight_bytes = sum(p.weight_bytes for p in (self._gate, self._up, self._down))
 
     def forward(self, rows: Tensor) -> Tensor:

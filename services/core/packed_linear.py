@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from services.core.row_source import RowSource
+
 _PACKING_ROWS = 16
+_PART_ROWS = 64
+"""Parts begin at multiples of this, which oneDNN's layouts pad rows to."""
 
 
 class PackedLinear:
@@ -14,30 +18,56 @@ class PackedLinear:
 
     On a CPU the weight is packed by oneDNN for few rows (in bfloat16 1.2 to 1.8 times as fast as
     `F.linear` at 1 to 32 rows, and no slower at 512); silu is then applied before the rounding to
-    `dtype`. `F.linear` on CUDA, and on a CPU for a dtype that oneDNN lacks there. The unpacked
-    weight is not kept, so packing layer after layer needs one layer's memory more than the result.
+    `dtype`. `F.linear` on CUDA, and on a CPU for a dtype that oneDNN lacks there.
+
+    The unpacked weight is not kept. Packing needs its memory once more for a moment, or with
+    `part_bytes` about so much: the weight is then taken, packed and held in parts of that size.
     """
 
     def __init__(
-        self, weight: Tensor, *, dtype: torch.dtype, device: torch.device, silu: bool = False
+        self,
+        weight: RowSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        silu: bool = False,
+        part_bytes: int | None = None,
     ) -> None:
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
-        self.weight_bytes = weight.numel() * dtype.itemsize
+        self.weight_bytes = self.out_features * self.in_features * dtype.itemsize
+        self._dtype, self._device = dtype, device
         self._silu = silu
         self._is_packed = _has_onednn(dtype, device)
-        weight = weight.to(device, dtype).contiguous()
-        if self._is_packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKING_ROWS)
-        self._weight = weight
+        step = self._rows_of_a_part(part_bytes)
+        self._parts = [
+            self._pack(weight[first : first + step]) for first in range(0, self.out_features, step)
+        ]
 
     def __call__(self, rows: Tensor) -> Tensor:
         if not len(rows):
             return rows.new_empty((0, self.out_features))
+        products = [self._product(rows, part) for part in self._parts]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def _rows_of_a_part(self, part_bytes: int | None) -> int:
+        """All parts but the last have as many."""
+        num_parts = 1
+        if self._is_packed and part_bytes:
+            num_parts = -(-self.weight_bytes // part_bytes)
+        return -(-self.out_features // (num_parts * _PART_ROWS)) * _PART_ROWS
+
+    def _pack(self, part: Tensor) -> Tensor:
+        part = part.to(self._device, self._dtype).contiguous()
+        if self._is_packed:
+            part = torch.ops.mkldnn._reorder_linear_weight(part, _PACKING_ROWS)
+        return part
+
+    def _product(self, rows: Tensor, part: Tensor) -> Tensor:
         if not self._is_packed:
-            product = F.linear(rows, self._weight)
+            product = F.linear(rows, part)
             return F.silu(product, inplace=True) if self._silu else product
         result: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            rows, self._weight, None, "swish" if self._silu else "none", [], ""
+            rows, part, None, "swish" if self._silu else "none", [], ""
         )
         return result
 

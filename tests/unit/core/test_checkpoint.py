@@ -101,6 +101,8 @@ def test_mistrals_first_release_with_experts_in_one_tensor_is_read(tmp_path: Pat
     read = read_all(checkpoint)
     assert_same(read, canonical(model, tmp_path / "oracle"))
     assert all(tensor.is_contiguous() for tensor in read.values())
+    w2 = expert_tensor_names(1, 3)[1]
+    assert torch.equal(checkpoint.rows_of(w2, (64, 96))[5:9], read[w2][5:9])
 
 
 def test_attention_scores_of_mistrals_rotary_pairs_equal_those_of_half_rotation(
@@ -171,6 +173,22 @@ def test_only_the_slice_of_a_fused_tensor_is_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tmp_path))
     checkpoint.expert(0, 3)
     assert checkpoint.bytes_read == 3 * 64 * 96 * 4
+
+
+@pytest.mark.parametrize("layout", ["classic", "fused", "mistral"])
+def test_rows_are_read_as_they_are_sliced(tmp_path: Path, layout: Layout) -> None:
+    make_checkpoint(tmp_path, layout=layout)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    for name, shape in zip(expert_tensor_names(1, 2), ((96, 64), (64, 96), (96, 64)), strict=True):
+        expected = checkpoint.tensor(name, shape)
+        before = checkpoint.bytes_read
+        rows = checkpoint.rows_of(name, shape)
+        assert (tuple(rows.shape), checkpoint.bytes_read) == (shape, before)
+        assert torch.equal(rows[7:20], expected[7:20])
+        assert checkpoint.bytes_read == before + 13 * shape[1] * 4
+        assert torch.equal(rows[40:999], expected[40:])
+    with pytest.raises(CheckpointError, match=r"\[96, 64\], but \[96, 65\] was asked for"):
+        checkpoint.rows_of(expert_tensor_names(1, 2)[0], (96, 65))
 
 
 def test_a_tensor_owns_its_memory(tmp_path: Path) -> None:

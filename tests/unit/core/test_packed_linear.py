@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from services.core.packed_linear import PackedLinear
+from services.core.row_source import LazyRows
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -34,6 +35,24 @@ def test_weight_is_converted_to_the_dtype_asked_for() -> None:
 def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
     linear = PackedLinear(torch.randn(6, 4), dtype=dtype, device=CPU)
     assert linear(torch.empty(0, 4, dtype=dtype)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33])
+def test_a_weight_in_parts_is_taken_part_by_part_and_gives_the_same_product(num_rows: int) -> None:
+    weight, rows = torch.randn(300, 40), torch.randn(num_rows, 40)
+    taken = []
+
+    def read(first: int, count: int) -> torch.Tensor:
+        taken.append((first, count))
+        return weight[first : first + count].clone()
+
+    source = LazyRows((300, 40), read)
+    linear = PackedLinear(source, dtype=torch.float32, device=CPU, part_bytes=100 * 40 * 4)
+    assert taken == [(0, 128), (128, 128), (256, 44)]
+    assert (linear.in_features, linear.out_features) == (40, 300)
+    assert linear.weight_bytes == weight.nbytes
+    torch.testing.assert_close(linear(rows), rows @ weight.T)
+    assert linear(rows[:0]).shape == (0, 300)
 
 
 def test_rows_need_not_be_contiguous() -> None:
