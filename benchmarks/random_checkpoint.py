@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from services.core.checkpoints.json_fields import read_json_object
+from services.core.checkpoints.safetensors_files import READ_BYTES
 from services.core.errors import CheckpointError
-from services.core.json_fields import read_json_object
-from services.core.safetensors_files import READ_BYTES
 from services.core.tensor_codec import tensor_to_bytes
 
 SHARD_BYTES = 1 << 30

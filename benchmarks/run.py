@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
-from services.core.hub import find_model
+from services.core.checkpoints.hub import find_model
 from services.core.model_config import load_model_config
 
 SIDES = ("workers", "inprocess", "transformers")

@@ -115,7 +115,7 @@ def _engine(model: str, dtype: str, endpoints: str, num_threads: int) -> Iterato
 @contextlib.contextmanager
 def _workers(model: str, dtype: str, num_workers: int, cores: int) -> Iterator[str]:
     """Real expert workers on loopback; yields their endpoints as `host:port,host:port`."""
-    from services.core.hub import find_model
+    from services.core.checkpoints.hub import find_model
     from services.core.model_config import load_model_config
 
     config = load_model_config(find_model(model).folder)

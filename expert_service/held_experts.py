@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
+from services.core.checkpoints.tensor_names import expert_tensor_names
 from services.core.errors import UnknownExpertError
 from services.core.expert_ffn import PackedExpert, computed_digest, weight_format
 from services.core.registry import Slot
 from services.core.row_source import RowSource
-from services.core.tensor_names import expert_tensor_names
 
 _PROGRESS_EVERY_S = 2.0
 _logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from expert_service.server import WorkerServer, join_host_port
 from expert_service.slots import select_slots
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.expert_ffn import weight_format
 from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName

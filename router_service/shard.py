@@ -16,17 +16,17 @@ from hashlib import blake2b
 
 import torch
 
-from router_service.decoder import MixtralDecoder
-from router_service.dispatcher import RemoteExperts
-from router_service.engine import Engine
-from router_service.engine_stats import EngineMetrics, EngineStats
-from router_service.kv_cache import KVCache
-from router_service.local_experts import LocalExperts
+from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.local_experts import LocalExperts
+from router_service.engine.engine import Engine
+from router_service.engine.engine_stats import EngineMetrics, EngineStats
 from router_service.loop_thread import LoopThread
-from router_service.sampler import Sampler
-from router_service.session_tier import SessionTier
-from router_service.step_plan import SchedulerConfig
-from services.core.checkpoint import Checkpoint
+from router_service.model.decoder import MixtralDecoder
+from router_service.model.kv_cache import KVCache
+from router_service.sampling.sampler import Sampler
+from router_service.scheduling.step_plan import SchedulerConfig
+from router_service.session_tier.session_tier import SessionTier
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
 from services.core.lease import Lease
 from services.core.memory_registry import MemoryRegistry

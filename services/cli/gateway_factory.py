@@ -10,8 +10,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from services.core.checkpoints.hub import find_model
 from services.core.generation import ShardClient
-from services.core.hub import find_model
 from services.core.redis_registry import RedisRegistry
 from services.core.registry import Registry
 from services.core.settings import Settings

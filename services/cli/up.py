@@ -18,8 +18,8 @@ import typer
 from services.cli.fleet import Fleet, FleetPlan
 from services.cli.hardware import Hardware
 from services.cli.state_folder import StateFolder, default_state_dir
+from services.core.checkpoints.hub import find_model
 from services.core.errors import ConfigurationError
-from services.core.hub import find_model
 from services.core.model_config import ModelConfig, load_model_config
 from services.core.settings import Settings, load_settings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.core.checkpoints.json_fields import JsonFields
+from services.core.checkpoints.safetensors_files import read_header
 from services.core.errors import CheckpointError, UnsupportedModelError
-from services.core.json_fields import JsonFields
-from services.core.safetensors_files import read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

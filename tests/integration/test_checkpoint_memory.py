@@ -24,7 +24,7 @@ EXPERT_BYTES = 3 * 1024 * 6144 * 2
 SCRIPT = """
 import sys
 from pathlib import Path
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 
 def peak_bytes():
     status = Path("/proc/self/status").read_text()

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from router_service.dispatcher import RemoteExperts
+from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import StepContext
-from router_service.local_experts import LocalExperts
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.placement import plan_placement
 from services.core.redis_registry import RedisRegistry
 from services.core.registry import Registry

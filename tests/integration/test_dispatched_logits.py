@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_service.decoder import MixtralDecoder
+from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import ExpertBackend
-from router_service.local_experts import LocalExperts
-from services.core.checkpoint import Checkpoint
+from router_service.model.decoder import MixtralDecoder
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.placement import plan_placement
 from tests.support.checkpoints import fresh_seed, load_oracle, make_checkpoint
 from tests.support.fleet import NUM_THREADS, connected, random_placement, running_workers

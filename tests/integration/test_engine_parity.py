@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from router_service.engine import Engine
-from services.core.checkpoint import Checkpoint
+from router_service.engine.engine import Engine
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.model_config import ModelConfig
 from services.core.placement import plan_placement
 from tests.support.checkpoints import fresh_seed, load_oracle, make_model, save_model

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from protos import experts_pb2
 from protos.experts_pb2_grpc import ExpertServiceStub
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.expert_ffn import Assignments, PackedExpert, moe_forward
 from services.core.grpc_options import DISPATCH_METHOD, channel_options
 from services.core.redis_registry import RedisRegistry

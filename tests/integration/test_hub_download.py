@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
+from services.core.checkpoints.hub import HubSnapshot, find_model
+from services.core.checkpoints.model_files import ModelFiles, Progress
+from services.core.checkpoints.tensor_names import expert_tensor_names, non_expert_tensor_names
+from services.core.checkpoints.weight_map import read_weight_map
 from services.core.errors import CheckpointError
-from services.core.hub import HubSnapshot, find_model
 from services.core.model_config import load_model_config
-from services.core.model_files import ModelFiles, Progress
-from services.core.tensor_names import expert_tensor_names, non_expert_tensor_names
-from services.core.weight_map import read_weight_map
 from tests.support.checkpoints import make_checkpoint
 from tests.support.hub_server import COMMIT, HubServer
 
@@ -212,7 +212,7 @@ def test_a_folder_takes_precedence_over_a_hub_id(
 def test_the_library_finds_the_hub_by_its_own_environment(hub: HubServer, tmp_path: Path) -> None:
     """The whole way, in a process of its own: `HF_ENDPOINT` and `HF_HOME`, and then offline."""
     script = (
-        "import sys; from services.core.checkpoint import Checkpoint\n"
+        "import sys; from services.core.checkpoints.checkpoint import Checkpoint\n"
         f"checkpoint = Checkpoint.open({MODEL!r})\n"
         "checkpoint.require(slots=[(0, 1)])\n"
         "checkpoint.expert(0, 1)\n"

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from expert_service.allocator import map_blocks_from
 from expert_service.held_experts import load_experts
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.packed_linear import PackedLinear
 
 def peak_bytes():

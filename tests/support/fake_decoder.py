@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_service.batch import ForwardBatch
-from router_service.engine import Engine
+from router_service.engine.engine import Engine
 from router_service.experts import ExpertBackend, StepContext
-from router_service.sampler import Sampler
-from router_service.step_plan import SchedulerConfig
+from router_service.model.batch import ForwardBatch
+from router_service.sampling.sampler import Sampler
+from router_service.scheduling.step_plan import SchedulerConfig
 from services.core.generation import FinishReason, GenerateRequest, GenerationDelta, SamplingParams
 from services.core.model_config import ModelConfig
 from services.sessions.store import BlockLayout

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from protos import experts_pb2
-from router_service.transport import Answer
+from router_service.dispatch.transport import Answer
 from services.core.errors import UnavailableError
 from services.core.expert_ffn import PackedExpert, moe_forward
 from services.core.model_config import ModelConfig

@@ -21,14 +21,14 @@ from expert_service.dispatch import DispatchService
 from expert_service.frame_spans import FrameSpans
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
-from router_service.decoder import MixtralDecoder
-from router_service.dispatcher import RemoteExperts
-from router_service.engine import Engine
-from router_service.kv_cache import KVCache
+from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.engine.engine import Engine
 from router_service.loop_thread import LoopThread
-from router_service.sampler import Sampler
-from router_service.step_plan import SchedulerConfig
-from services.core.checkpoint import Checkpoint
+from router_service.model.decoder import MixtralDecoder
+from router_service.model.kv_cache import KVCache
+from router_service.sampling.sampler import Sampler
+from router_service.scheduling.step_plan import SchedulerConfig
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.memory_registry import MemoryRegistry
 from services.core.model_config import ModelConfig

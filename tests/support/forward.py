@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from router_service.batch import ForwardBatch
-from router_service.decoder import MixtralDecoder
 from router_service.experts import ExpertBackend, StepContext
-from router_service.kv_cache import KVCache
-from services.core.checkpoint import Checkpoint
+from router_service.model.batch import ForwardBatch
+from router_service.model.decoder import MixtralDecoder
+from router_service.model.kv_cache import KVCache
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.model_config import ModelConfig
 
 TINY_CONFIG = ModelConfig(

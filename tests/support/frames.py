@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from services.core.checkpoint import ExpertWeights
+from services.core.checkpoints.checkpoint import ExpertWeights
 from services.core.expert_ffn import Assignments
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from benchmarks import random_checkpoint
 from benchmarks.random_checkpoint import SHAPES, RandomShape, write_random_checkpoint
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.errors import CheckpointError
 from tests.support.checkpoints import load_oracle, make_checkpoint
 

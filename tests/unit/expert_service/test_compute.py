@@ -9,7 +9,7 @@ import torch
 
 from expert_service.compute import ComputeThread, Job, Outcome
 from expert_service.held_experts import HeldExperts
-from services.core.checkpoint import ExpertWeights
+from services.core.checkpoints.checkpoint import ExpertWeights
 from services.core.errors import ExpertfleetError, MalformedFrameError
 from services.core.expert_ffn import PackedExpert, moe_forward
 from services.core.wire import RequestFrame

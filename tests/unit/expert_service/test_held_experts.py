@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from expert_service.held_experts import HeldExperts, LoadingCancelledError, load_experts
-from services.core.checkpoint import Checkpoint
+from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.errors import UnknownExpertError
 from services.core.registry import Slot
 from tests.support.checkpoints import make_checkpoint

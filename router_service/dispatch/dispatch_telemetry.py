@@ -1,0 +1,148 @@
+"""Spans and metrics of a layer's dispatch. Spans exist only in sampled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+from opentelemetry.trace import NoOpTracer, Span, StatusCode, Tracer
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from router_service.dispatch.dispatch_plan import GatedTokens, PlannedFrame
+from router_service.experts import StepContext
+from services.core.metrics import CALL_BUCKETS_S
+from services.core.telemetry import (
+    ATTR_COMPUTE_MS,
+    ATTR_EXPERT_IDS,
+    ATTR_GATE_WEIGHTS,
+    ATTR_LAYER,
+    ATTR_NUM_RETRIES,
+    ATTR_NUM_TOKENS,
+    ATTR_QUEUE_MS,
+    ATTR_TOKENS_PER_EXPERT,
+    ATTR_WORKER_ID,
+    METRIC_DISPATCH,
+    METRIC_DISPATCH_RETRIES,
+    SPAN_DISPATCH,
+    SPAN_LAYER,
+)
+from services.core.tracing import extract_context, span_carrier, span_context
+from services.core.wire import ResponseFrame
+
+
+class DispatchTelemetry:
+    """What one shard's dispatches record; without a tracer or a registry they go nowhere."""
+
+    def __init__(self, tracer: Tracer | None, registry: CollectorRegistry | None) -> None:
+        self._tracer = tracer or NoOpTracer()
+        registry = registry if registry is not None else CollectorRegistry()
+        self._durations = Histogram(
+            METRIC_DISPATCH,
+            "Seconds from sending a frame to a worker to its answer",
+            ["worker"],
+            buckets=CALL_BUCKETS_S,
+            registry=registry,
+        )
+        self._retries = Counter(
+            METRIC_DISPATCH_RETRIES,
+            "Frames to be sent again, by what went wrong",
+            ["reason"],
+            registry=registry,
+        )
+        self._children: dict[str, Histogram] = {}
+
+    def layer_span(
+        self, layer: int, gated: GatedTokens, context: StepContext
+    ) -> AbstractContextManager[Span | None]:
+        return layer_span(self._tracer, layer, gated, context)
+
+    def start_dispatch(
+        self,
+        parent: Span,
+        *,
+        layer: int,
+        worker_id: str,
+        frame: PlannedFrame,
+        num_tokens: int,
+        num_retries: int,
+    ) -> DispatchSpan:
+        """The span of one frame under its layer's."""
+        span = self._tracer.start_span(
+            SPAN_DISPATCH,
+            context=span_context(parent),
+            attributes={
+                ATTR_LAYER: layer,
+                ATTR_WORKER_ID: worker_id,
+                ATTR_NUM_TOKENS: num_tokens,
+                ATTR_EXPERT_IDS: frame.assignments.expert_ids,
+                ATTR_TOKENS_PER_EXPERT: frame.assignments.rows_per_expert,
+                ATTR_NUM_RETRIES: num_retries,
+            },
+        )
+        return DispatchSpan(span)
+
+    def observe(self, worker_id: str, seconds: float) -> None:
+        child = self._children.get(worker_id)
+        if child is None:
+            child = self._children[worker_id] = self._durations.labels(worker_id)
+        child.observe(seconds)
+
+    def count_retry(self, reason: str) -> None:
+        self._retries.labels(reason).inc()
+
+    def forget_worker(self, worker_id: str) -> None:
+        """Drop the series of a worker that is gone, so that names that change do not pile up."""
+        if self._children.pop(worker_id, None) is not None:
+            self._durations.remove(worker_id)
+
+
+class DispatchSpan:
+    """From a frame's sending to its answer. `traceparent` makes the worker's span its child."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.traceparent = span_carrier(span).get("traceparent", "")
+
+    def answered(self, response: ResponseFrame) -> None:
+        self._span.set_attribute(ATTR_QUEUE_MS, response.queue_us / 1000)
+        self._span.set_attribute(ATTR_COMPUTE_MS, response.compute_us / 1000)
+        self._span.end()
+
+    def failed(self, reason: str) -> None:
+        self._span.set_status(StatusCode.ERROR, reason)
+        self._span.end()
+
+
+@contextmanager
+def layer_span(
+    tracer: Tracer, layer: int, gated: GatedTokens, context: StepContext
+) -> Iterator[Span | None]:
+    """The layer's span under the step's; None where the step is not sampled.
+
+    Its gate weights are the means over the tokens each expert got, in the order of expert ids.
+    """
+    if not context.is_traced:
+        yield None
+        return
+    used = np.flatnonzero(gated.rows_per_expert)
+    counts = gated.rows_per_expert[used]
+    weights = np.bincount(gated.expert_ids, weights=gated.topk_weights)[used] / counts
+    span = tracer.start_span(
+        SPAN_LAYER,
+        context=extract_context(context.trace_context),
+        attributes={
+            ATTR_LAYER: layer,
+            ATTR_NUM_TOKENS: gated.num_tokens,
+            ATTR_EXPERT_IDS: used.tolist(),
+            ATTR_TOKENS_PER_EXPERT: counts.tolist(),
+            ATTR_GATE_WEIGHTS: np.round(weights, 4).tolist(),
+        },
+    )
+    try:
+        yield span
+    except BaseException as error:
+        span.set_status(StatusCode.ERROR, str(error))
+        raise
+    finally:
+        span.end()

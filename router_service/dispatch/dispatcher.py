@@ -1,0 +1,171 @@
+"""Experts in other processes: the `ExpertBackend` that dispatches over the network."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from router_service.dispatch.admission import AdmissionRules
+from router_service.dispatch.dispatch_plan import combine_frames, group_by_expert
+from router_service.dispatch.dispatch_telemetry import DispatchTelemetry
+from router_service.dispatch.expert_load import ExpertLoad
+from router_service.dispatch.layer_dispatch import DispatchLimits, LayerCall, LayerDispatch
+from router_service.dispatch.non_finite import blank, find_non_finite, spoil
+from router_service.dispatch.transport import ExpertTransport
+from router_service.dispatch.worker_link import GrpcTransport
+from router_service.dispatch.worker_pool import WorkerPool, log_crash
+from router_service.experts import StepContext
+from services.core.errors import UnavailableError
+from services.core.model_config import ModelConfig
+from services.core.registry import Registry, Slot
+from services.core.registry_json import format_ranges
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteExperts:
+    """Made on any thread, used on one event loop. It owns the registry client given to it.
+
+    `dtype` is that of activations. `expert_wait_s` bounds the wait for a replica after a call's
+    first failure, `call_timeout_s` one frame. The registry is read every `refresh_s`; a worker
+    that is missing there is kept for `missing_grace_s`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        registry: Registry,
+        dtype: torch.dtype,
+        expert_wait_s: float = 60.0,
+        call_timeout_s: float = 30.0,
+        max_frame_bytes: int = 256 << 20,
+        refresh_s: float = 0.5,
+        missing_grace_s: float = 3.0,
+        local_host: str | None = None,
+        transport: ExpertTransport | None = None,
+        tracer: Tracer | None = None,
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
+        self._registry = registry
+        self._num_experts = config.num_local_experts
+        self._refresh_s = refresh_s
+        self._limits = DispatchLimits(
+            expert_wait_s=expert_wait_s,
+            call_timeout_s=call_timeout_s,
+            max_frame_bytes=max_frame_bytes,
+        )
+        self._load = ExpertLoad(config.num_hidden_layers, config.num_local_experts)
+        self._load.export(metrics)
+        self._telemetry = DispatchTelemetry(tracer, metrics)
+        self._pool = WorkerPool(
+            transport or GrpcTransport(max_frame_bytes=max_frame_bytes),
+            AdmissionRules.of(config, dtype),
+            local_host=local_host,
+            missing_grace_s=missing_grace_s,
+            on_gone=self._telemetry.forget_worker,
+        )
+        self._call_ids = itertools.count(1)
+        self._follower: asyncio.Task[None] | None = None
+
+    async def forward(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        context: StepContext,
+    ) -> Tensor:
+        self._start()
+        rows, topk_weights = hidden_states.cpu(), topk_weights.cpu()
+        bad = find_non_finite(rows, topk_weights)
+        if bad is not None:
+            rows, topk_weights = blank(rows, bad), blank(topk_weights, bad)
+        gated = group_by_expert(topk_ids.cpu(), topk_weights, self._num_experts)
+        self._load.add(layer, gated.rows_per_expert)
+        with self._telemetry.layer_span(layer, gated, context) as span:
+            call = LayerCall(
+                layer=layer,
+                micro_batch=context.micro_batch,
+                rows=rows,
+                gated=gated,
+                span=span,
+            )
+            dispatch = LayerDispatch(
+                call, self._pool, self._limits, self._telemetry, self._call_ids
+            )
+            output = combine_frames(gated, await dispatch.run())
+        if bad is not None:
+            output = spoil(output, bad)
+        return output.to(hidden_states.device)
+
+    async def wait_ready(self) -> None:
+        self._start()
+        give_up_at = time.monotonic() + self._limits.expert_wait_s
+        while (table := self._pool.view.table).missing_slots():
+            remaining_s = give_up_at - time.monotonic()
+            if remaining_s <= 0:
+                break
+            await self._pool.wait_changed(table.version, remaining_s)
+        self.check_ready()
+
+    def check_ready(self) -> None:
+        missing = self._pool.view.table.missing_slots()
+        if missing:
+            raise UnavailableError(
+                f"no worker holds {_described(missing)}; start one with `expertfleet expert`"
+                + "".join(f"; {refusal}" for refusal in self._pool.refusals())
+            )
+
+    def slot_digests(self) -> Mapping[Slot, bytes]:
+        return dict(self._pool.slot_digests)
+
+    def expert_load(self) -> NDArray[np.int64]:
+        """Assignments since start, int64 [layers, experts]."""
+        return self._load.counts()
+
+    async def close(self) -> None:
+        """End all links and the registry client. Calls in flight wait for workers in vain."""
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+        await self._pool.close()
+        await self._registry.close()
+
+    def _start(self) -> None:
+        if self._follower is None:
+            self._follower = asyncio.create_task(self._follow_registry(), name="registry")
+            self._follower.add_done_callback(log_crash)
+
+    async def _follow_registry(self) -> None:
+        is_away = False
+        while True:
+            try:
+                self._pool.update(await self._registry.snapshot())
+                is_away = False
+            except UnavailableError as error:
+                if not is_away:
+                    logger.warning("going on with the last routing table: %s", error.message)
+                is_away = True
+            await asyncio.sleep(self._refresh_s)
+
+
+def _described(slots: Iterable[Slot]) -> str:
+    """ "expert 1 of layers 0-3, expert 2 of layers 0-1"."""
+    layers_of: dict[int, list[int]] = {}
+    for layer, expert in slots:
+        layers_of.setdefault(expert, []).append(layer)
+    return ", ".join(
+        f"expert {expert} of layers {format_ranges(layers)}"
+        for expert, layers in sorted(layers_of.items())
+    )

@@ -1,0 +1,127 @@
+"""Links over gRPC: one channel per worker, one long-lived stream per micro-batch, raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc.aio
+
+from protos import experts_pb2
+from router_service.dispatch.transport import Answer
+from services.core.describe import describe_worker
+from services.core.errors import MalformedFrameError, UnavailableError
+from services.core.grpc_options import DISPATCH_METHOD, channel_options
+from services.core.wire import decode_response
+
+logger = logging.getLogger(__name__)
+
+
+class GrpcTransport:
+    """An `ExpertTransport` over grpc.aio."""
+
+    def __init__(self, *, max_frame_bytes: int) -> None:
+        self._max_frame_bytes = max_frame_bytes
+
+    def open(self, endpoint: str, on_broken: Callable[[str], None]) -> GrpcWorkerLink:
+        return GrpcWorkerLink(endpoint, on_broken, max_frame_bytes=self._max_frame_bytes)
+
+
+class GrpcWorkerLink:
+    """A `WorkerLink`. A stream that ends, however it ends, breaks the link and all its streams.
+
+    Each stream has one task, which reads answers and hands them to the futures of their calls;
+    frames to send pass through a queue that gRPC's own task drains. So a call makes no task.
+    """
+
+    def __init__(
+        self, endpoint: str, on_broken: Callable[[str], None], *, max_frame_bytes: int
+    ) -> None:
+        self._endpoint = endpoint
+        self._on_broken = on_broken
+        self._broken: str | None = None
+        self._in_flight: dict[int, asyncio.Future[Answer | None]] = {}
+        self._outgoing: dict[int, asyncio.Queue[bytes]] = {}
+        self._readers: list[asyncio.Task[None]] = []
+        self._channel = grpc.aio.insecure_channel(
+            endpoint, options=channel_options(max_frame_bytes)
+        )
+
+    @property
+    def broken(self) -> str | None:
+        return self._broken
+
+    async def describe(self, timeout_s: float) -> experts_pb2.DescribeResponse:
+        try:
+            return await describe_worker(self._channel, timeout_s=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(
+                f"worker at {self._endpoint} does not answer: {error.code().name} {error.details()}"
+            ) from error
+
+    def send(self, stream: int, call_id: int, frame: bytes) -> asyncio.Future[Answer | None]:
+        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        if self._broken is not None:
+            future.set_result(None)
+            return future
+        self._in_flight[call_id] = future
+        outgoing = self._outgoing.get(stream)
+        if outgoing is None:
+            outgoing = self._open_stream(stream)
+        outgoing.put_nowait(frame)
+        return future
+
+    async def close(self) -> None:
+        self._break("closed")
+        await self._channel.close(None)
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    def _open_stream(self, stream: int) -> asyncio.Queue[bytes]:
+        outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outgoing[stream] = outgoing
+        method = self._channel.stream_stream(
+            DISPATCH_METHOD, request_serializer=None, response_deserializer=None
+        )
+        call = method(_drain(outgoing))
+        self._readers.append(asyncio.create_task(self._read(call)))
+        return outgoing
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        try:
+            async for frame in call:
+                self._deliver(frame)
+            self._break("the worker ended the stream")
+        except grpc.aio.AioRpcError as error:
+            self._break(f"{error.code().name} {error.details()}")
+        except MalformedFrameError as error:
+            call.cancel()
+            self._break(error.message)
+        except asyncio.CancelledError:
+            self._break("closed")
+            raise
+
+    def _deliver(self, frame: bytes) -> None:
+        """Answers nobody waits for any more (late, or sent twice) are dropped."""
+        response = decode_response(frame)
+        future = self._in_flight.pop(response.call_id, None)
+        if future is not None and not future.done():
+            future.set_result(Answer(response=response, received_at=time.monotonic()))
+
+    def _break(self, reason: str) -> None:
+        if self._broken is not None:
+            return
+        self._broken = reason
+        for future in self._in_flight.values():
+            if not future.done():
+                future.set_result(None)
+        self._in_flight.clear()
+        self._on_broken(reason)
+
+
+async def _drain(outgoing: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
+    while True:
+        yield await outgoing.get()

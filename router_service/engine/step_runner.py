@@ -1,0 +1,145 @@
+"""One step's compute: the micro-batches' forward passes side by side, each then sampled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from router_service.engine.batch_builder import build_batch, split_micro_batches
+from router_service.experts import ExpertBackend, StepContext
+from router_service.model.batch import ForwardBatch
+from router_service.sampling.sampler import SampledToken, SamplingRow
+from router_service.scheduling.step_plan import ScheduledSequence
+from router_service.session_tier.block_transfer import BlockStorage, BlockTransfer
+from services.core.errors import ExpertfleetError, NonFiniteError
+
+_logger = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """The model. `kv_cache` is of the type that the decoder was made for."""
+
+    async def forward(
+        self, batch: ForwardBatch, kv_cache: Any, experts: ExpertBackend, context: StepContext
+    ) -> torch.Tensor: ...
+
+
+class TokenSampler(Protocol):
+    """Draws one token per row of `logits` float32 [R, V]; a row that cannot be drawn from gives
+    its error in place of a token."""
+
+    def sample(
+        self, logits: torch.Tensor, rows: Sequence[SamplingRow]
+    ) -> Sequence[SampledToken | NonFiniteError]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchOutcome:
+    """`tokens` by entry, None where the entry does not sample; or the error that all share."""
+
+    entries: Sequence[ScheduledSequence]
+    tokens: Sequence[SampledToken | NonFiniteError | None] = ()
+    error: ExpertfleetError | None = None
+
+
+class StepRunner:
+    """Runs the entries of a step. Nothing an entry does can disturb another micro-batch."""
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        kv_cache: BlockStorage,
+        experts: ExpertBackend,
+        sampler: TokenSampler,
+        block_size: int,
+        device: torch.device,
+        num_micro_batches: int,
+        eos_token_ids: tuple[int, ...],
+        transfer: BlockTransfer | None,
+    ) -> None:
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._experts = experts
+        self._sampler = sampler
+        self._block_size = block_size
+        self._device = device
+        self._num_micro_batches = num_micro_batches
+        self._eos_token_ids = eos_token_ids
+        self._transfer = transfer
+
+    async def run(
+        self, step: int, entries: Sequence[ScheduledSequence], trace_context: Mapping[str, str]
+    ) -> list[MicroBatchOutcome]:
+        """Compute every entry. Raises only when this task is cancelled."""
+        groups = split_micro_batches(entries, self._num_micro_batches)
+        contexts = [
+            StepContext(step=step, micro_batch=index, trace_context=trace_context)
+            for index in range(len(groups))
+        ]
+        if len(groups) == 1:
+            return [await self._run_group(groups[0], contexts[0])]
+        pairs = zip(groups, contexts, strict=True)
+        return await asyncio.gather(*(self._run_group(group, context) for group, context in pairs))
+
+    async def _run_group(
+        self, group: list[ScheduledSequence], context: StepContext
+    ) -> MicroBatchOutcome:
+        try:
+            return MicroBatchOutcome(entries=group, tokens=await self._compute(group, context))
+        except ExpertfleetError as error:
+            _logger.warning("step %d: micro-batch failed: %s", context.step, error)
+            return MicroBatchOutcome(entries=group, error=error)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return self._unexpected(group, context, error)
+        except Exception as error:  # noqa: BLE001 - a process boundary: the engine goes on
+            return self._unexpected(group, context, error)
+
+    async def _compute(
+        self, group: list[ScheduledSequence], context: StepContext
+    ) -> list[SampledToken | NonFiniteError | None]:
+        for entry in group:
+            for block_id, payload in entry.imports:
+                assert self._transfer is not None
+                self._transfer.import_block(block_id, payload)
+        computing = [entry for entry in group if entry.num_tokens]
+        if not computing:
+            return [None] * len(group)
+        batch = build_batch(computing, self._block_size, self._device)
+        logits = await self._decoder.forward(batch, self._kv_cache, self._experts, context)
+        sampling = [entry for entry in group if entry.samples]
+        if not sampling:
+            return [None] * len(group)
+        drawn = iter(self._sampler.sample(logits, [self._row(entry) for entry in sampling]))
+        return [next(drawn) if entry.samples else None for entry in group]
+
+    def _row(self, entry: ScheduledSequence) -> SamplingRow:
+        sequence = entry.sequence
+        return SamplingRow(
+            params=sequence.sampling,
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            seed=sequence.seed,
+            position=len(sequence.output_token_ids),
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _unexpected(
+        self, group: list[ScheduledSequence], context: StepContext, error: BaseException
+    ) -> MicroBatchOutcome:
+        _logger.error("step %d failed; its requests fail", context.step, exc_info=error)
+        return MicroBatchOutcome(
+            entries=group,
+            error=ExpertfleetError(
+                f"the engine failed in step {context.step} ({type(error).__name__}); "
+                "the shard's log has the traceback"
+            ),
+        )

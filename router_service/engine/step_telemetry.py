@@ -1,0 +1,195 @@
+"""Spans of requests and of sampled steps.
+
+A request's span has its phases as children, recorded with explicit times when they are over. A
+sampled step hangs under one traced request and links to the others that took part; its carrier
+travels through the layers, where each dispatch adds its own spans.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from opentelemetry.trace import Link, Span, StatusCode, Tracer
+from opentelemetry.util.types import AttributeValue
+
+from router_service.scheduling.sequence import Sequence as TokenSequence
+from router_service.scheduling.step_plan import ScheduledSequence
+from services.core import telemetry
+from services.core.generation import GenerateRequest
+from services.core.tracing import extract_context, record_span, span_carrier, span_context
+
+
+class RequestTrace:
+    """`SPAN_GENERATE` of one request. Every call is nearly free when the trace is not recorded."""
+
+    def __init__(self, tracer: Tracer, request: GenerateRequest) -> None:
+        self._tracer = tracer
+        self._start_ns = time.time_ns()
+        self._scheduled_ns: int | None = None
+        self._first_token_ns: int | None = None
+        self._num_prompt_tokens = len(request.prompt_token_ids)
+        self.prefill_sampled = False
+        self.decode_sampled = False
+        self.span = tracer.start_span(
+            telemetry.SPAN_GENERATE,
+            context=extract_context(request.trace_context),
+            start_time=self._start_ns,
+        )
+        self.is_recording = self.span.is_recording()
+        if self.is_recording:
+            self.span.set_attributes(_request_attributes(request))
+
+    def restored(self, start_ns: int, end_ns: int, num_tokens: int) -> None:
+        """The session store was asked, and gave so many tokens' KV."""
+        if self.is_recording:
+            self._phase(
+                telemetry.SPAN_RESTORE,
+                start_ns,
+                end_ns,
+                {telemetry.ATTR_NUM_RESTORED_TOKENS: num_tokens},
+            )
+
+    def scheduled(self) -> None:
+        """The first sequence was admitted; later calls change nothing."""
+        if self.is_recording and self._scheduled_ns is None:
+            self._scheduled_ns = time.time_ns()
+            self._phase(telemetry.SPAN_QUEUE, self._start_ns, self._scheduled_ns)
+
+    def first_token(self) -> None:
+        """The first token was drawn; later calls change nothing."""
+        if self.is_recording and self._first_token_ns is None and self._scheduled_ns is not None:
+            self._first_token_ns = time.time_ns()
+            self._phase(
+                telemetry.SPAN_PREFILL,
+                self._scheduled_ns,
+                self._first_token_ns,
+                {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
+            )
+
+    def end(
+        self,
+        sequences: Sequence[TokenSequence],
+        finish_reasons: Sequence[str],
+        error: BaseException | None = None,
+    ) -> None:
+        if not self.is_recording:
+            return
+        now = time.time_ns()
+        num_output_tokens = sum(len(sequence.output_token_ids) for sequence in sequences)
+        if self._first_token_ns is not None:
+            self._phase(
+                telemetry.SPAN_DECODE,
+                self._first_token_ns,
+                now,
+                {telemetry.ATTR_NUM_TOKENS: num_output_tokens},
+            )
+        self.span.set_attributes(
+            {
+                telemetry.GEN_AI_USAGE_OUTPUT_TOKENS: num_output_tokens,
+                telemetry.GEN_AI_RESPONSE_FINISH_REASONS: list(finish_reasons),
+                telemetry.ATTR_NUM_CACHED_TOKENS: sequences[0].num_cached_tokens,
+                telemetry.ATTR_NUM_RESTORED_TOKENS: sequences[0].num_restored_tokens,
+            }
+        )
+        if error is not None:
+            self.span.set_status(StatusCode.ERROR, str(error))
+        self.span.end(end_time=now)
+
+    def _phase(
+        self,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        attributes: dict[str, AttributeValue] | None = None,
+    ) -> None:
+        record_span(
+            self._tracer,
+            name,
+            parent=span_context(self.span),
+            start_ns=start_ns,
+            end_ns=end_ns,
+            attributes=attributes,
+        )
+
+
+class StepSampler:
+    """Decides which steps get a span, and makes it.
+
+    Sampled are every `interval`-th step, and for each traced request one step with a prefill chunk
+    and one with a decode, as early as may be; of either kind at most every eighth of `interval`
+    steps, so that a rush of short traced requests does not make every step a sampled one.
+    """
+
+    def __init__(self, tracer: Tracer, *, interval: int) -> None:
+        self._tracer = tracer
+        self._interval = interval
+        self._gap = max(1, interval // 8)
+        self._last_prefill = -self._gap
+        self._last_decode = -self._gap
+
+    def begin(
+        self,
+        step: int,
+        entries: Sequence[ScheduledSequence],
+        trace_of: Callable[[TokenSequence], RequestTrace],
+    ) -> Span | None:
+        """The span of this step, or None. The caller ends it."""
+        traced = [
+            (trace, entry.is_prefill)
+            for entry in entries
+            if (trace := trace_of(entry.sequence)).is_recording
+        ]
+        if not traced:
+            return None
+        parent = self._pick(step, traced)
+        if parent is None:
+            return None
+        others = {id(trace): trace for trace, _ in traced if trace is not parent}
+        num_tokens = sum(entry.num_tokens for entry in entries)
+        num_decode_tokens = sum(1 for entry in entries if not entry.is_prefill)
+        return self._tracer.start_span(
+            telemetry.SPAN_STEP,
+            context=span_context(parent.span),
+            links=[Link(trace.span.get_span_context()) for trace in others.values()],
+            attributes={
+                telemetry.ATTR_STEP: step,
+                telemetry.ATTR_NUM_SEQS: len(entries),
+                telemetry.ATTR_NUM_TOKENS: num_tokens,
+                telemetry.ATTR_NUM_PREFILL_TOKENS: num_tokens - num_decode_tokens,
+                telemetry.ATTR_NUM_DECODE_TOKENS: num_decode_tokens,
+            },
+        )
+
+    def _pick(self, step: int, traced: Sequence[tuple[RequestTrace, bool]]) -> RequestTrace | None:
+        prefill_due = step - self._last_prefill >= self._gap
+        decode_due = step - self._last_decode >= self._gap
+        for trace, is_prefill in traced:
+            if is_prefill and prefill_due and not trace.prefill_sampled:
+                trace.prefill_sampled = True
+                self._last_prefill = step
+                return trace
+            if not is_prefill and decode_due and not trace.decode_sampled:
+                trace.decode_sampled = True
+                self._last_decode = step
+                return trace
+        if step % self._interval == 0:
+            return traced[step // self._interval % len(traced)][0]
+        return None
+
+
+def step_carrier(span: Span | None) -> dict[str, str]:
+    """What `StepContext.trace_context` is for this step."""
+    return span_carrier(span) if span is not None and span.is_recording() else {}
+
+
+def _request_attributes(request: GenerateRequest) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
+        telemetry.ATTR_REQUEST_ID: request.request_id,
+        telemetry.GEN_AI_USAGE_INPUT_TOKENS: len(request.prompt_token_ids),
+        telemetry.GEN_AI_REQUEST_MAX_TOKENS: request.sampling.max_tokens,
+        telemetry.GEN_AI_REQUEST_TEMPERATURE: request.sampling.temperature,
+    }
+    if request.session_id is not None:
+        attributes[telemetry.GEN_AI_CONVERSATION_ID] = request.session_id
+    return attributes

@@ -1,0 +1,119 @@
+"""Choose the next token of every row.
+
+The order is that of Hugging Face and vLLM: logit bias, repetition, frequency and presence penalty,
+`min_tokens`; then, if the temperature is above 0, temperature, top-k, top-p, min-p and a draw;
+else the likeliest token, of equals the one with the lowest id.
+
+Shapes: R rows, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from router_service.sampling.draws import uniform
+from router_service.sampling.filters import draw, token_weights
+from router_service.sampling.penalties import SamplingRow, penalise
+from services.core.errors import NonFiniteError
+from services.core.generation import TokenLogprob
+
+__all__ = ["SampledToken", "Sampler", "SamplingRow"]
+
+_ELEMENTS_IN_CACHE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """`logprob` is there if the row's `params.logprobs` is not None."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Sampler:
+    """Stateless. A row's token depends on that row alone, not on the rows beside it."""
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[SamplingRow]
+    ) -> list[SampledToken | NonFiniteError]:
+        """One result per row of logits float32 [R, V].
+
+        A row that holds NaN or infinity, or in which no token is left, gives the error in its
+        place; the others are not disturbed.
+        """
+        if not rows:
+            return []
+        scores = penalise(logits, rows)
+        best, token_ids = scores.max(-1)
+        is_sound = _is_finite(logits) & best.isfinite()
+        self._draw(scores, rows, token_ids)
+        chosen = token_ids.tolist()
+        logprobs = _logprobs(logits, rows, chosen)
+        return [
+            SampledToken(token_id=token_id, logprob=logprobs.get(index))
+            if sound
+            else _non_finite(logits[index], rows[index])
+            for index, (token_id, sound) in enumerate(zip(chosen, is_sound.tolist(), strict=True))
+        ]
+
+    @staticmethod
+    def _draw(scores: Tensor, rows: Sequence[SamplingRow], token_ids: Tensor) -> None:
+        """Replace the likeliest by a drawn token where the temperature is above 0."""
+        random = [index for index, row in enumerate(rows) if row.params.temperature > 0]
+        num_at_once = len(rows)
+        if scores.device.type == "cpu":
+            num_at_once = max(1, _ELEMENTS_IN_CACHE // scores.shape[1])
+        for start in range(0, len(random), num_at_once):
+            part = random[start : start + num_at_once]
+            where = torch.tensor(part, device=scores.device)
+            weights = token_weights(scores[where], [rows[index].params for index in part])
+            uniforms = [uniform(rows[index].seed, rows[index].position) for index in part]
+            token_ids[where] = draw(weights, uniforms).clamp_(max=scores.shape[1] - 1)
+
+
+def _is_finite(logits: Tensor) -> Tensor:
+    """bool [R]. A sum is not finite if a term is not; the few such rows are looked at closely."""
+    is_finite = logits.sum(-1).isfinite()
+    for index in torch.nonzero(~is_finite)[:, 0].tolist():
+        is_finite[index] = logits[index].isfinite().all()
+    return is_finite
+
+
+def _non_finite(logits: Tensor, row: SamplingRow) -> NonFiniteError:
+    num_bad = int((~logits.isfinite()).sum())
+    if not num_bad:
+        return NonFiniteError(
+            f"no token may come at position {row.position}: logit_bias or min_tokens forbids all",
+            where="sampling",
+        )
+    return NonFiniteError(
+        f"{num_bad} of {len(logits)} logits at position {row.position} are NaN or infinite; the "
+        f"token was not used. The weights or the dtype overflow: try bfloat16 or float32",
+        where="logits",
+    )
+
+
+def _logprobs(
+    logits: Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int]
+) -> dict[int, TokenLogprob]:
+    """By row, for the rows that ask."""
+    counts = {
+        i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None
+    }
+    if not counts:
+        return {}
+    log_probs = torch.log_softmax(logits[torch.tensor(list(counts), device=logits.device)], -1)
+    top = log_probs.topk(min(max(counts.values()), logits.shape[1]))
+    top_values, top_ids = top.values.tolist(), top.indices.tolist()
+    result = {}
+    for place, (index, count) in enumerate(counts.items()):
+        result[index] = TokenLogprob(
+            token_id=chosen[index],
+            logprob=float(log_probs[place, chosen[index]]),
+            top=tuple(zip(top_ids[place][:count], top_values[place][:count], strict=True)),
+        )
+    return result
