@@ -14,17 +14,15 @@ import asyncio
 import contextlib
 import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.workers import start_workers
 from services.core.generation import GenerateRequest, SamplingParams
-from services.core.placement import plan_placement
+from services.core.model_config import load_model_config
 from services.core.settings import load_settings
 
 Job = dict[str, Any]
@@ -50,7 +48,7 @@ def main() -> None:
             runner = stack.enter_context(_engine(arguments.model, arguments.dtype, "", cores))
         else:
             endpoints = stack.enter_context(
-                _workers(arguments.model, arguments.dtype, arguments.workers, cores)
+                running_workers(arguments.model, arguments.dtype, arguments.workers)
             )
             # On few cores the shard gets them all: it computes while its workers wait.
             runner = stack.enter_context(
@@ -113,45 +111,14 @@ def _engine(model: str, dtype: str, endpoints: str, num_threads: int) -> Iterato
 
 
 @contextlib.contextmanager
-def _workers(model: str, dtype: str, num_workers: int, cores: int) -> Iterator[str]:
+def running_workers(model: str, dtype: str, num_workers: int) -> Iterator[str]:
     """Real expert workers on loopback; yields their endpoints as `host:port,host:port`."""
-    from services.core.checkpoints.hub import find_model
-    from services.core.model_config import load_model_config
-
-    config = load_model_config(find_model(model).folder)
-    settings = load_settings(model=model, dtype=dtype, num_threads=max(1, cores // num_workers))
-    placement = plan_placement(config.num_hidden_layers, config.num_local_experts, num_workers)
-    processes = []
-    try:
-        for index, slots in enumerate(placement):
-            command = [sys.executable, "-m", "expert_service", "--worker-id", f"bench-{index}"]
-            command += ["--experts", ",".join(map(str, slots.experts)), "--port", "0"]
-            command += ["--layers", f"{slots.layers.start}-{slots.layers.stop - 1}"]
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env=os.environ | settings.as_environment(),
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                )
-            )
-        yield ",".join(_endpoint(process) for process in processes)
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait(timeout=20)
-
-
-def _endpoint(process: subprocess.Popen[str]) -> str:
-    """Read the worker's log until it says where it listens; leave the rest to a drain thread."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"listening on (\S+:\d+)", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return found[1]
-    raise RuntimeError(f"a worker ended with status {process.wait()} before it listened")
+    config = load_model_config(Path(model))
+    settings = load_settings(model=model, dtype=dtype)
+    with start_workers(Path(model), config, num_workers, settings) as workers:
+        for worker in workers:
+            worker.wait_ready()
+        yield ",".join(worker.endpoint for worker in workers)
 
 
 def _transformers(model: str, dtype: str, cores: int) -> Runner:

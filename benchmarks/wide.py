@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import SHAPES, write_named_checkpoint
-from benchmarks.wide_workers import MeasuredWorker, peak_rss_bytes, start_workers
+from benchmarks.workers import MeasuredWorker, peak_rss_bytes, start_workers
 from router_service.shard import AttentionShard
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.model_config import ModelConfig, load_model_config

@@ -100,8 +100,13 @@ class MeasuredWorker:
 def start_workers(
     folder: Path, config: ModelConfig, num_workers: int, settings: Settings
 ) -> Iterator[list[MeasuredWorker]]:
-    """All workers of a placement, started together, on one thread each; ended at the end."""
-    environment = os.environ | settings.override(num_threads=1).as_environment()
+    """All workers of a placement, started together; ended at the end.
+
+    Each has `settings.num_threads` threads, or its fair share of the cores.
+    """
+    cores = len(os.sched_getaffinity(0))
+    num_threads = settings.num_threads or max(1, cores // num_workers)
+    environment = os.environ | settings.override(num_threads=num_threads).as_environment()
     workers: list[MeasuredWorker] = []
     try:
         for index, placement in enumerate(

@@ -1,0 +1,99 @@
+"""What one MoE layer costs over gRPC beside the same layer in process.
+
+    python -m benchmarks.dispatch [--model bench-s] [--workers 1,2,4] [--tokens 1,8,32,128]
+
+Random hidden states and a random gate go through the two expert backends in turn, on the same
+weights. Prints medians in microseconds per layer call and the difference: what packing, wire,
+queueing and combining cost, less what computing in several processes gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import describe_machine
+from benchmarks.random_checkpoint import write_named_checkpoint
+from benchmarks.side import running_workers
+from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.local_experts import LocalExperts
+from router_service.experts import ExpertBackend, StepContext
+from services.core.checkpoints.checkpoint import Checkpoint
+from services.core.model_config import ModelConfig
+from services.core.static_registry import StaticRegistry, parse_endpoints
+
+NUM_LAYERS = 4
+CALLS_PER_ROUND = 40
+ROUNDS = 7
+CONTEXT = StepContext()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="bench-s", help="bench-s or bench-xs")
+    parser.add_argument("--workers", default="1,2,4")
+    parser.add_argument("--tokens", default="1,8,32,128")
+    arguments = parser.parse_args()
+    tokens = [int(count) for count in arguments.tokens.split(",")]
+    with tempfile.TemporaryDirectory(prefix="expertfleet-bench-") as scratch:
+        folder = write_named_checkpoint(
+            arguments.model, Path(scratch) / arguments.model, num_layers=NUM_LAYERS
+        )
+        sys.stdout.write(f"{describe_machine()}\n{arguments.model}, {NUM_LAYERS} layers, bf16\n\n")
+        sys.stdout.write("| workers | tokens | in process us | over gRPC us | difference us |\n")
+        sys.stdout.write("|---|---|---|---|---|\n")
+        for num_workers in (int(count) for count in arguments.workers.split(",")):
+            with running_workers(str(folder), "bfloat16", num_workers) as endpoints:
+                asyncio.run(_compare(str(folder), endpoints, num_workers, tokens))
+
+
+async def _compare(model: str, endpoints: str, num_workers: int, tokens: list[int]) -> None:
+    checkpoint = Checkpoint.open(model)
+    cpu = torch.device("cpu")
+    local = LocalExperts.load(checkpoint, dtype=torch.bfloat16, device=cpu)
+    remote = RemoteExperts(
+        checkpoint.config,
+        registry=StaticRegistry(parse_endpoints(endpoints)),
+        dtype=torch.bfloat16,
+    )
+    await remote.wait_ready()
+    try:
+        for count in tokens:
+            local_us: list[float] = []
+            remote_us: list[float] = []
+            for _ in range(ROUNDS):
+                local_us.append(await _round_us(local, checkpoint.config, count))
+                remote_us.append(await _round_us(remote, checkpoint.config, count))
+            near, far = statistics.median(local_us), statistics.median(remote_us)
+            sys.stdout.write(
+                f"| {num_workers} | {count} | {near:.0f} | {far:.0f} | {far - near:+.0f} |\n"
+            )
+            sys.stdout.flush()
+    finally:
+        await remote.close()
+
+
+async def _round_us(experts: ExpertBackend, config: ModelConfig, num_tokens: int) -> float:
+    """Median microseconds of one call; calls go through the layers in turn, as a decoder's do."""
+    hidden_states = torch.randn(num_tokens, config.hidden_size, dtype=torch.bfloat16)
+    logits = torch.randn(num_tokens, config.num_local_experts)
+    topk_weights, topk_ids = logits.softmax(-1).topk(config.num_experts_per_tok)
+    times = []
+    for call in range(CALLS_PER_ROUND):
+        started = time.perf_counter()
+        await experts.forward(
+            call % config.num_hidden_layers, hidden_states, topk_ids, topk_weights, CONTEXT
+        )
+        times.append((time.perf_counter() - started) * 1e6)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
