@@ -50,7 +50,7 @@ def main() -> None:
             endpoints = stack.enter_context(
                 running_workers(arguments.model, arguments.dtype, arguments.workers)
             )
-            # On few cores the shard gets them all: it computes while its workers wait.
+            # One core is left for I/O, as in the launched product.
             runner = stack.enter_context(
                 _engine(arguments.model, arguments.dtype, endpoints, max(1, cores - 1))
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wall_start, processor_start = time.monotonic(), time.process_time()
     prepared = prepare(recipe, arch, options.every_nth_file)
     write_tokenizer(prepared.tokenizer, options.out, arch.max_position_embeddings)
-    last_loss = fit(prepared, recipe, arch, options.out)
+    reports = fit(prepared, recipe, arch, options.out)
     run = TrainingRun(
         num_train_files=len(prepared.corpus.train),
         num_heldout_files=len(prepared.corpus.heldout),
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_stream_tokens=len(prepared.stream),
         wall_s=time.monotonic() - wall_start,
         processor_s=time.process_time() - processor_start,
-        last_loss=last_loss,
+        best_quarter_tokens_per_s=np.quantile([r.tokens_per_s for r in reports], 0.75).item(),
+        last_loss=reports[-1].loss,
     )
     describe(prepared, recipe, arch, run, options.out)
 
@@ -81,8 +83,8 @@ def prepare(recipe: Recipe, arch: Architecture, every_nth_file: int = 1) -> Prep
     return Prepared(corpus=corpus, num_functions=len(functions), tokenizer=tokenizer, stream=stream)
 
 
-def fit(prepared: Prepared, recipe: Recipe, arch: Architecture, out: Path) -> float:
-    """Train, writing the weights to `out` now and then and at the end; return the last loss."""
+def fit(prepared: Prepared, recipe: Recipe, arch: Architecture, out: Path) -> list[Progress]:
+    """Train, writing the weights to `out` now and then and at the end; return all reports."""
     decoder = Decoder(arch)
     sampler = WindowSampler(
         prepared.stream,
@@ -90,15 +92,15 @@ def fit(prepared: Prepared, recipe: Recipe, arch: Architecture, out: Path) -> fl
         recipe.context_length,
         recipe.seed,
     )
-    losses: list[float] = []
+    reports: list[Progress] = []
 
     def report(progress: Progress) -> None:
-        losses.append(progress.loss)
+        reports.append(progress)
         logger.info("%s", progress)
 
     train(decoder, sampler, recipe, report=report, checkpoint=lambda: write_model(decoder, out))
     write_model(decoder, out)
-    return losses[-1]
+    return reports
 
 
 def describe(

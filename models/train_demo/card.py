@@ -26,7 +26,11 @@ tags:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRun:
-    """What a run took, from reading to the last step; `processor_s` sums over threads."""
+    """What a run took, from reading to the last step.
+
+    `processor_s` sums over threads. `best_quarter_tokens_per_s` is the upper quartile of the
+    reporting intervals, which is nearest to what the machine does when nothing else runs on it.
+    """
 
     num_train_files: int
     num_heldout_files: int
@@ -34,6 +38,7 @@ class TrainingRun:
     num_stream_tokens: int
     wall_s: float
     processor_s: float
+    best_quarter_tokens_per_s: float
     last_loss: float
 
 
@@ -111,8 +116,10 @@ computed for each layer on its own and averaged. The loss over the last steps wa
 longer ones run, but nothing was learnt about them.
 
 Reading, tokenizing and training took {run.wall_s / 60:.1f} minutes by the clock, other work on the
-machine included, and {run.processor_s / 60:.1f} minutes of processor time
-on {recipe.num_threads} threads.
+machine included, and {run.processor_s / 60:.1f} minutes of processor time on
+{recipe.num_threads} threads. In its least disturbed quarter the run made at least
+{run.best_quarter_tokens_per_s:.0f} tokens per second, at which all steps take
+{tokens / run.best_quarter_tokens_per_s / 60:.0f} minutes.
 
 | Hyper-parameter | Value |
 |---|---|
