@@ -12,9 +12,12 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
 
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
@@ -83,65 +86,37 @@ class AttentionShard:
         that no worker holds after `expert_wait_s`.
         """
         shard_id = f"shard-{secrets.token_hex(4)}"
-        if settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
         tracing = configure_tracing(settings, SERVICE_SHARD, instance_id=shard_id)
         collectors = new_registry()
-        checkpoint = Checkpoint.open(settings.model)
-        config = checkpoint.config
-        device = resolve_device(settings.device)
-        dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
-        checkpoint.require(non_expert=True)
-        decoder = MixtralDecoder.load(checkpoint, dtype=dtype, device=device)
         thread = LoopThread("engine")
-        experts: LocalExperts | RemoteExperts
-        if in_process_experts or not config.is_moe:
-            experts = LocalExperts.load(
-                checkpoint, dtype=dtype, device=device, tracer=tracing.tracer, metrics=collectors
-            )
-        else:
-            experts = RemoteExperts(
-                config,
-                registry=_registry(settings),
-                dtype=dtype,
-                expert_wait_s=settings.expert_wait_s,
-                call_timeout_s=settings.call_timeout_s,
-                max_frame_bytes=settings.max_frame_bytes,
-                local_host=socket.gethostname(),
-                tracer=tracing.tracer,
-                metrics=collectors,
-            )
-            thread.start()
-            thread.run_blocking(experts.wait_ready())
+        thread.start()
+        # Weights are read and packed on the thread that computes: OpenMP keeps a pool for every
+        # thread that has used it, and with more pools than cores each parallel region costs twice.
+        model = thread.run_blocking(
+            _load_model(settings, in_process_experts, tracing.tracer, collectors)
+        )
+        checkpoint, config, dtype = model.checkpoint, model.config, model.decoder.dtype
+        experts = model.experts
         fingerprint = model_fingerprint(
             config, checkpoint.non_expert_digest(), experts.slot_digests()
-        )
-        num_blocks = KVCache.num_blocks_for(
-            config, settings.kv_cache_bytes, settings.block_size, dtype
         )
         sessions = _session_tier(settings, config, dtype, fingerprint)
         engine = Engine(
             config=config,
             scheduler_config=SchedulerConfig(
                 block_size=settings.block_size,
-                num_blocks=num_blocks,
+                num_blocks=model.kv_cache.num_blocks,
                 max_model_len=settings.max_model_len or config.max_position_embeddings,
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_waiting_tokens=settings.max_waiting_tokens,
             ),
-            decoder=decoder,
-            kv_cache=KVCache(
-                config,
-                num_blocks=num_blocks,
-                block_size=settings.block_size,
-                dtype=dtype,
-                device=device,
-            ),
+            decoder=model.decoder,
+            kv_cache=model.kv_cache,
             experts=experts,
             sampler=Sampler(),
             model_fingerprint=fingerprint,
-            device=device,
+            device=model.decoder.device,
             num_micro_batches=settings.num_micro_batches,
             num_threads=settings.num_threads,
             session_tier=sessions,
@@ -164,9 +139,9 @@ class AttentionShard:
         log.info(
             "%s on %s in %s, %d KV blocks of %d tokens",
             checkpoint.name,
-            device,
+            model.decoder.device,
             dtype_name(dtype),
-            num_blocks,
+            model.kv_cache.num_blocks,
             settings.block_size,
         )
         return shard
@@ -233,6 +208,59 @@ class AttentionShard:
             metrics_endpoint=self._metrics.endpoint,
             expert_load=load,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    checkpoint: Checkpoint
+    config: ModelConfig
+    decoder: MixtralDecoder
+    kv_cache: KVCache
+    experts: LocalExperts | RemoteExperts
+
+
+async def _load_model(
+    settings: Settings, in_process_experts: bool, tracer: Tracer, metrics: CollectorRegistry
+) -> _Model:
+    """Everything that holds tensors, and the experts once every slot has a replica."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    checkpoint = Checkpoint.open(settings.model)
+    config = checkpoint.config
+    device = resolve_device(settings.device)
+    dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
+    checkpoint.require(non_expert=True)
+    decoder = MixtralDecoder.load(checkpoint, dtype=dtype, device=device)
+    experts: LocalExperts | RemoteExperts
+    if in_process_experts or not config.is_moe:
+        experts = LocalExperts.load(
+            checkpoint, dtype=dtype, device=device, tracer=tracer, metrics=metrics
+        )
+    else:
+        experts = RemoteExperts(
+            config,
+            registry=_registry(settings),
+            dtype=dtype,
+            expert_wait_s=settings.expert_wait_s,
+            call_timeout_s=settings.call_timeout_s,
+            max_frame_bytes=settings.max_frame_bytes,
+            local_host=socket.gethostname(),
+            tracer=tracer,
+            metrics=metrics,
+        )
+        await experts.wait_ready()
+    kv_cache = KVCache(
+        config,
+        num_blocks=KVCache.num_blocks_for(
+            config, settings.kv_cache_bytes, settings.block_size, dtype
+        ),
+        block_size=settings.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    return _Model(
+        checkpoint=checkpoint, config=config, decoder=decoder, kv_cache=kv_cache, experts=experts
+    )
 
 
 def model_fingerprint(

@@ -12,13 +12,13 @@ from tests.support.otlp_collector import OtlpCollector, running_collector
 from tests.support.product import Product
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def collector() -> Iterator[OtlpCollector]:
     with running_collector() as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def product(
     tmp_path_factory: pytest.TempPathFactory, collector: OtlpCollector
 ) -> Iterator[Product]:
@@ -52,7 +52,7 @@ def demo(client: openai.OpenAI) -> str:
     return next(iter(client.models.list())).id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def long_python() -> str:
     """Text of well over 1500 tokens of the demo model that it was not written for."""
     return Path(__file__).read_text() * 4

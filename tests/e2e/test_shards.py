@@ -43,13 +43,18 @@ def test_waiting_tokens_bring_a_second_shard_and_sessions_stick_to_theirs(
         answers = [future.result() for future in load]
     assert all(answer["choices"][0]["finish_reason"] == "length" for answer in answers)
 
+    wait_until(
+        lambda: sum(_generated(product).values()) == 24 * 160,
+        timeout_s=20,
+        what="leases that tell of all tokens",
+    )
     before = _generated(product)
     for turn in range(6):
         _ask(product, f"def turn_{turn}():\n", 8, SESSION)
     wait_until(
-        lambda: sum(_generated(product).values()) >= sum(before.values()) + 48,
+        lambda: sum(_generated(product).values()) == 24 * 160 + 48,
         timeout_s=20,
-        what="leases that tell of the tokens",
+        what="leases that tell of the session's tokens",
     )
     gained = {shard: count - before.get(shard, 0) for shard, count in _generated(product).items()}
     assert sorted(gained.values()) == [0, 48]
