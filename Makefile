@@ -5,7 +5,7 @@ ARGS ?=
 PROTOS := protos/experts.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos protos-check demo-model bench clean
+.PHONY: help setup serve test check format protos protos-check demo-model bench bench-dispatch bench-wide clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,8 +43,14 @@ protos-check: setup ## fail when the committed wire code differs from the contra
 demo-model: setup ## train models/demo again from the standard library's sources
 	$(PY) -m models.train_demo $(ARGS)
 
-bench: setup ## measure expertfleet beside transformers; writes docs/performance figures
+bench: setup ## measure expertfleet beside transformers; writes docs/performance/bench.md
 	$(PY) -m benchmarks.run $(ARGS)
+
+bench-dispatch: setup ## measure one MoE layer over gRPC beside in process
+	$(PY) -m benchmarks.dispatch $(ARGS)
+
+bench-wide: setup ## serve one layer of 8x22B's width on eight workers; needs 6 GB of disk and memory
+	$(PY) -m benchmarks.wide $(ARGS)
 
 clean: ## remove what set-up and runs have made
 	rm -rf .venv .expertfleet .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

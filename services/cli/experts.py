@@ -49,8 +49,8 @@ def _load_table(fleet: dict[str, Any]) -> Table:
     table.add_column("layer", justify="right")
     for expert in range(fleet["num_experts"]):
         table.add_column(str(expert), justify="right")
-    table.add_column("max/mean", justify="right")
-    table.add_column("tokens/s", justify="right")
+    table.add_column("max/avg", justify="right")
+    table.add_column("tok/s", justify="right")
     for layer, load in enumerate(fleet["load"]["layers"]):
         hottest = max(load["share"], default=0.0) or 1.0
         cells = [_share(share, hottest, fleet["num_experts"]) for share in load["share"]]
