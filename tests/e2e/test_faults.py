@@ -22,7 +22,6 @@ NUM_STREAMS = 8
 def test_killing_a_worker_under_eight_streams_loses_and_changes_nothing(
     product: Product, client: openai.OpenAI, demo: str
 ) -> None:
-    # One length and one start, so that every run has the same batches, in bfloat16 too.
     prompts = [f"class Stream{number}:\n    def close(self):\n" for number in range(NUM_STREAMS)]
 
     def stream(prompt: str) -> list[str]:
@@ -48,10 +47,8 @@ def test_killing_a_worker_under_eight_streams_loses_and_changes_nothing(
     victim = next(w for w in product.experts()["workers"] if w["worker_id"] == "expert-1")
     disturbed = all_streams(kill=True)
     wait_until(lambda: _pid(product, "expert-1") not in (None, victim["pid"]), timeout_s=30)
-    same = sum(mine == other for mine, other in zip(undisturbed, disturbed, strict=True))
-    assert len(disturbed) == NUM_STREAMS
     assert all(disturbed)
-    assert same >= NUM_STREAMS - 1
+    assert disturbed == undisturbed
 
 
 @pytest.mark.timeout(300)
@@ -159,7 +156,7 @@ def _shard_metrics(product: Product) -> str:
 
 def _num_whole_blocks(store: redis.Redis) -> int:
     config = load_model_config(DEMO_MODEL)
-    whole_bytes = HEADER_BYTES + config.kv_bytes_per_token(2) * 16
+    whole_bytes = HEADER_BYTES + config.kv_bytes_per_token(4) * 16
     return sum(store.strlen(key) == whole_bytes for key in store.scan_iter("expertfleet:*:kv:*"))
 
 
@@ -192,7 +189,7 @@ def _take_from_another_model(store: redis.Redis, key: bytes) -> None:
         block_size=16,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        dtype=config.dtype,
+        dtype="float32",
     )
     payload = bytes(store.get(key) or b"")[HEADER_BYTES:]  # type: ignore[arg-type]
     block_hash = bytes.fromhex(key.decode().rsplit(":", 1)[1])
