@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from expert_service.main import EXIT_BAD_INPUT, run_worker
-from services.core.errors import ConfigurationError
+from expert_service.main import run_worker
+from services.core.errors import EXIT_BAD_INPUT, ConfigurationError
 from services.core.settings import load_settings
 
 

@@ -20,7 +20,7 @@ from expert_service.server import join_host_port
 from expert_service.slots import parse_indices
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
-from services.core.errors import CheckpointError, ConfigurationError
+from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
 from services.core.metrics import MetricsServer, new_registry
 from services.core.redis_registry import RedisRegistry
@@ -31,8 +31,6 @@ from services.core.tracing import configure_tracing
 
 EXIT_OK = 0
 EXIT_UNANSWERED = 1
-EXIT_BAD_INPUT = 2
-"""A setting or the checkpoint cannot be used; starting again would not help."""
 
 _WILDCARD_HOSTS = ("", "0.0.0.0", "::", "[::]")
 _logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -144,10 +144,6 @@ class Engine:
             await self._tier.stop(timeout_s)
         await self._thread.run(self._experts.close())
         await self._thread.stop()
-
-    async def run_on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine where the experts' connections live, from another loop."""
-        return await self._thread.run(coroutine)
 
     def check_alive(self) -> None:
         """Raise `UnavailableError` when the engine has died or was stopped."""

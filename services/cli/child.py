@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.core.errors import ExpertfleetError
+from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
 log = logging.getLogger(__name__)
 
-EXIT_BAD_INPUT = 2
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
 STABLE_AFTER_S = 30.0

@@ -7,8 +7,7 @@ import sys
 import typer
 
 from services.cli import chat, expert, experts, traces, up
-from services.cli.child import EXIT_BAD_INPUT
-from services.core.errors import ExpertfleetError
+from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
 app = typer.Typer(
     name="expertfleet",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 import uvicorn
 
-from services.cli.child import EXIT_BAD_INPUT
 from services.cli.gateway_factory import build_gateway
-from services.core.errors import CheckpointError, ConfigurationError
+from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
 from services.core.settings import load_settings
 
@@ -29,6 +29,10 @@ def main() -> int:
     except (CheckpointError, ConfigurationError) as error:
         sys.stderr.write(f"{error.message}\n")
         return EXIT_BAD_INPUT
+    # uvicorn drains on a signal and then raises it again for whoever handled it before; left to the
+    # default it would end the process with the shard's lease, sessions and spans still open.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     try:
         uvicorn.run(
             build_gateway(settings, shard),

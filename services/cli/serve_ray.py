@@ -8,8 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from services.cli.child import EXIT_BAD_INPUT
-from services.core.errors import CheckpointError, ConfigurationError
+from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
 from services.core.settings import load_settings
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+EXIT_BAD_INPUT = 2
+"""Exit status of a process whose settings, arguments or checkpoint cannot be used; starting it
+again would not help."""
+
 
 class ExpertfleetError(Exception):
     """Base of all errors that expertfleet raises on purpose."""

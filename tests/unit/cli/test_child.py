@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.cli.child import EXIT_BAD_INPUT, Child, ChildFailedError, ChildSpec
+from services.cli.child import Child, ChildFailedError, ChildSpec
+from services.core.errors import EXIT_BAD_INPUT
 from tests.support.eventually import eventually
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
