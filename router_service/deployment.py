@@ -26,6 +26,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from router_service.shard import AttentionShard
 from router_service.shard_scaling import ScalingTargets, ShardLoad, desired_shards
+from services.core.asgi_server import AsgiServer
 from services.core.errors import (
     CheckpointError,
     ConfigurationError,
@@ -103,17 +104,30 @@ class ShardReplica:
 
 
 class GatewayReplica:
-    """The HTTP front: builds the application that `factory` names, over the shards' handle."""
+    """The HTTP front: serves the application that `factory` names, over the shards' handle.
 
-    def __init__(self, settings: Settings, factory: str, shards: Any) -> None:
+    It listens on the product's port itself. Behind Ray Serve's proxy a token costs several times
+    as much, and its direct ingress delays shutdown (docs/adr/0004).
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, settings: Settings, factory: str, shards: Any
+    ) -> None:
         _log_to_file(settings, "gateway")
-        self._settings = settings
-        self._factory = factory
-        self._client = RayShardClient(shards)
+        module, _, name = factory.partition(":")
+        build = getattr(importlib.import_module(module), name)
+        self._server = AsgiServer(
+            build(settings, RayShardClient(shards)),
+            host=settings.host,
+            port=settings.port,
+            drain_timeout_s=settings.drain_timeout_s / 2,
+        )
+        await self._server.start()
 
-    def __serve_build_asgi_app__(self) -> Any:
-        module, _, name = self._factory.partition(":")
-        return getattr(importlib.import_module(module), name)(self._settings, self._client)
+    async def __del__(self) -> None:
+        server = getattr(self, "_server", None)
+        if server is not None:
+            await server.stop()
 
 
 class RayShardClient:
@@ -192,7 +206,7 @@ def build_application(
         **scaling,
     ).bind(settings, in_process_experts)
     return serve.deployment(
-        serve.ingress()(GatewayReplica),
+        GatewayReplica,
         name="Gateway",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
@@ -220,7 +234,7 @@ def scale_shards(context: Any) -> tuple[int, dict[str, Any]]:
     return wanted, {}
 
 
-def start(application: Any, *, ray_dir: Path, host: str, port: int, num_gpus: int) -> None:
+def start(application: Any, *, ray_dir: Path, num_gpus: int) -> None:
     """Start Ray on this machine alone, and Serve with the application; returns when it runs.
 
     The environment of `ray_environment` must have been set before this module was imported.
@@ -236,15 +250,12 @@ def start(application: Any, *, ray_dir: Path, host: str, port: int, num_gpus: in
         _temp_dir=str(ray_dir),
         object_store_memory=128 << 20,
     )
-    serve.start(
-        http_options={"host": host, "port": port, "request_timeout_s": None},
-        logging_config=SERVE_LOGGING,
-    )
+    serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
     try:
         serve.run(
             application,
             name=APPLICATION,
-            route_prefix="/",
+            route_prefix=None,
             logging_config=SERVE_LOGGING,
         )
     except RuntimeError as error:

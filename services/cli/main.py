@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from services.cli import chat, expert, experts, traces, up
+from services.cli import bench, chat, expert, experts, plan, traces, up
 from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
 app = typer.Typer(
@@ -21,7 +21,9 @@ app.command("expert")(expert.expert)
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
 app.command("experts")(experts.experts)
+app.command("plan")(plan.plan)
 app.command("traces")(traces.traces)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

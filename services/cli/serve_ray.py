@@ -42,8 +42,6 @@ def main() -> int:
         deployment.start(
             application,
             ray_dir=arguments.ray_dir,
-            host=settings.host,
-            port=settings.port,
             num_gpus=arguments.num_gpus,
         )
         # After Ray's start, which installs handlers of its own.
