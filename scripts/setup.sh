@@ -11,9 +11,14 @@ python="${PYTHON:-python3}"
 torch_version="$(sed -n 's/^torch==//p' constraints.txt)"
 stamp=".venv/.expertfleet-$extras-$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)-$torch_choice"
 
-[ -e "$stamp" ] && exit 0
-# A complete development set-up serves as well.
-[ "$extras" = run ] && [ -e "${stamp/-run-/-dev-}" ] && exit 0
+# Compiles only what has changed; where it fails, torch's kernels are used.
+build_kernels() { .venv/bin/python -m services.core.kernels.build >/dev/null || true; }
+
+# A complete development set-up serves as well as one to run.
+if [ -e "$stamp" ] || { [ "$extras" = run ] && [ -e "${stamp/-run-/-dev-}" ]; }; then
+    build_kernels
+    exit 0
+fi
 
 "$python" - <<'PY' || { echo "setup: Python 3.11 or newer is needed; name one with PYTHON=python3.12" >&2; exit 1; }
 import sys
@@ -59,6 +64,10 @@ echo "setup: installing expertfleet and its dependencies"
 target="."
 [ "$extras" = dev ] && target=".[dev]"
 "${pip[@]}" install -q -c constraints.txt -e "$target"
+if ! command -v c++ g++ clang++ >/dev/null; then
+    "${pip[@]}" install -q -c constraints.txt ziglang || true  # a C++ compiler as a Python package
+fi
+build_kernels
 rm -f .venv/.expertfleet-"$extras"-*
 touch "$stamp"
 echo "setup: done ($(du -sh .venv | cut -f1) in .venv)"

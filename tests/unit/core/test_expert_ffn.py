@@ -30,12 +30,20 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(fresh_seed())
 
 
-def make_experts(generator: torch.Generator, dtype: torch.dtype) -> dict[int, PackedExpert]:
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def native(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def make_experts(
+    generator: torch.Generator, dtype: torch.dtype, native: bool
+) -> dict[int, PackedExpert]:
     return {
         expert: PackedExpert(
             random_weights(generator, hidden=HIDDEN, intermediate=INTERMEDIATE, dtype=dtype),
             dtype=dtype,
             device=CPU,
+            native=native,
         )
         for expert in range(NUM_EXPERTS)
     }
@@ -59,19 +67,23 @@ def make_frame(
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)],
 )
 def test_an_expert_equals_the_swiglu_formula(
-    generator: torch.Generator, dtype: torch.dtype, tolerance: float, num_rows: int
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    tolerance: float,
+    num_rows: int,
+    native: bool,
 ) -> None:
     weights = random_weights(generator, hidden=HIDDEN, intermediate=INTERMEDIATE, dtype=dtype)
     rows = torch.randn(num_rows, HIDDEN, generator=generator).to(dtype)
     x, w1, w2, w3 = (t.double() for t in (rows, weights.w1, weights.w2, weights.w3))
     expected = F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
-    result = PackedExpert(weights, dtype=dtype, device=CPU).forward(rows)
+    result = PackedExpert(weights, dtype=dtype, device=CPU, native=native).forward(rows)
     assert result.dtype == dtype
     assert relative_error(result, expected) < tolerance
 
 
 def test_the_sum_over_experts_equals_hugging_faces_eager_experts(
-    generator: torch.Generator,
+    generator: torch.Generator, native: bool
 ) -> None:
     config = MixtralConfig(
         hidden_size=HIDDEN,
@@ -88,7 +100,7 @@ def test_the_sum_over_experts_equals_hugging_faces_eager_experts(
     for expert in range(NUM_EXPERTS):
         w1, w3 = oracle.gate_up_proj[expert].detach().chunk(2)
         weights = SimpleNamespace(w1=w1, w2=oracle.down_proj[expert].detach(), w3=w3)
-        experts[expert] = PackedExpert(weights, dtype=torch.float32, device=CPU)
+        experts[expert] = PackedExpert(weights, dtype=torch.float32, device=CPU, native=native)
     hidden_states = torch.randn(37, HIDDEN, generator=generator)
     router_logits = torch.randn(37, NUM_EXPERTS, generator=generator)
     top_values, topk_ids = router_logits.topk(2)
@@ -104,9 +116,9 @@ def test_the_sum_over_experts_equals_hugging_faces_eager_experts(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_uncombined_rows_add_up_to_the_combined_ones_in_expert_order(
-    generator: torch.Generator, dtype: torch.dtype
+    generator: torch.Generator, dtype: torch.dtype, native: bool
 ) -> None:
-    experts = make_experts(generator, dtype)
+    experts = make_experts(generator, dtype, native)
     frame = make_frame(generator, 9, dtype)
     rows = moe_forward(experts, frame.hidden_states, frame.assignments, combine=False)
     added = torch.zeros_like(frame.hidden_states)
@@ -118,9 +130,9 @@ def test_uncombined_rows_add_up_to_the_combined_ones_in_expert_order(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_frames_have_the_bits_they_have_alone(
-    generator: torch.Generator, dtype: torch.dtype
+    generator: torch.Generator, dtype: torch.dtype, native: bool
 ) -> None:
-    experts = make_experts(generator, dtype)
+    experts = make_experts(generator, dtype, native)
     frames = [
         make_frame(generator, num_tokens, dtype, combine=num_tokens % 2 == 0)
         for num_tokens in (1, 2, 5, 16, 1, 40)
@@ -132,9 +144,9 @@ def test_merged_frames_have_the_bits_they_have_alone(
 
 
 def test_more_rows_than_are_computed_at_once_merge_without_a_change_of_bits(
-    generator: torch.Generator,
+    generator: torch.Generator, native: bool
 ) -> None:
-    experts = make_experts(generator, torch.bfloat16)
+    experts = make_experts(generator, torch.bfloat16, native)
     frames = [make_frame(generator, num_tokens, torch.bfloat16) for num_tokens in (2500, 3, 900)]
     merged = moe_forward_each(experts, frames)
     for frame, result in zip(frames, merged, strict=True):
@@ -142,8 +154,8 @@ def test_more_rows_than_are_computed_at_once_merge_without_a_change_of_bits(
         assert torch.equal(result, alone)
 
 
-def test_the_input_is_not_written_to(generator: torch.Generator) -> None:
-    experts = make_experts(generator, torch.float32)
+def test_the_input_is_not_written_to(generator: torch.Generator, native: bool) -> None:
+    experts = make_experts(generator, torch.float32, native)
     frame = make_frame(generator, 6, torch.float32)
     before = frame.hidden_states.clone(), frame.assignments.topk_weights.clone()
     moe_forward_each(experts, [frame, frame])

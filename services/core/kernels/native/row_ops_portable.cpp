@@ -1,0 +1,7 @@
+#include "row_ops_kernel.h"
+
+namespace expertfleet {
+
+const RowOps& portable_row_ops(Element element) { return compiled_row_ops(element); }
+
+}  // namespace expertfleet
