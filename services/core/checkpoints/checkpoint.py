@@ -16,6 +16,12 @@ import torch
 
 from services.core.checkpoints.hub import find_model
 from services.core.checkpoints.model_files import ModelFiles, Progress
+from services.core.checkpoints.quantized_tensors import (
+    StoredQuantized,
+    StoredQuantizedRows,
+    locate_quantized,
+    quantized_format,
+)
 from services.core.checkpoints.safetensors_files import StoredTensor, read_chunks, read_header
 from services.core.checkpoints.tensor_names import (
     Order,
@@ -29,12 +35,15 @@ from services.core.checkpoints.tensor_names import (
 from services.core.checkpoints.weight_map import WeightMap, read_weight_map
 from services.core.errors import CheckpointError
 from services.core.model_config import DTYPES, ModelConfig, load_model_config
+from services.core.quantization.formats import QuantizedFormat
 from services.core.registry import Slot
 from services.core.row_source import LazyRows, RowSource
 from services.core.tensor_codec import tensor_to_bytes, torch_dtype
 
 DIGEST_BYTES = 16
 _SAMPLE_BYTES = 4096
+_PART_DTYPES = {"I8": torch.int8, "I32": torch.int32}
+"""Of the integers of quantised weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +58,22 @@ class ExpertWeights:
     """[F, H], the up projection."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRows:
+    """`ExpertWeights` of which rows are read as they are taken; quantised ones are
+    `QuantizedSource`s too."""
+
+    w1: RowSource
+    w2: RowSource
+    w3: RowSource
+
+
 class Checkpoint:
     """An opened checkpoint. Only the shards of tensors that are asked for are opened.
 
-    Every tensor returned is in the dtype it is stored in, owns its memory, has the shape that the
-    config implies, and is finite. Reading one takes no more memory than the tensor (for Mistral's
+    Every tensor returned is in the dtype it is stored in (a quantised weight, multiplied out, in
+    the config's dtype), owns its memory, has the shape that the config implies, and is finite.
+    Reading one takes no more memory than the tensor (for Mistral's
     layout, q and k take it twice for a moment). All methods raise `CheckpointError` naming file
     and tensor. Not for concurrent use from several threads.
     """
@@ -109,11 +129,24 @@ class Checkpoint:
         if non_expert:
             names += non_expert_tensor_names(self.config)
         for name in names:
+            if quantized := self._locate_quantized(name):
+                self._required[name] = quantized.num_bytes
+                continue
             source, stored = self._locate(name)
             self._required[name] = _run_range(source, stored)[1]
 
+    def quantized_format(self, name: str) -> QuantizedFormat | None:
+        """How the weight of that canonical name is quantised; None where it is stored as floats."""
+        return quantized_format(name, self._weight_map.files)
+
+    def stored_dtype(self, name: str) -> str:
+        """torch's name of the dtype that a tensor which is not quantised is stored in."""
+        return self._locate(name)[1].dtype
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Read one tensor by its canonical name (`tensor_names`); `shape` is checked."""
+        if quantized := self._locate_quantized(name):
+            return self._quantized_rows(name, shape, quantized)[:]
         source, stored = self._locate(name)
         run = torch.empty(source.shape, dtype=torch_dtype(stored.dtype))
         self._read(name, stored, source, run)
@@ -124,8 +157,11 @@ class Checkpoint:
     def rows_of(self, name: str, shape: tuple[int, int]) -> RowSource:
         """The tensor as `tensor` gives it, but each slice of rows is read when it is taken.
 
-        A tensor that is stored in another order is read at once.
+        A tensor that is stored in another order is read at once. A quantised one is a
+        `QuantizedSource` too.
         """
+        if quantized := self._locate_quantized(name):
+            return self._quantized_rows(name, shape, quantized)
         source, stored = self._locate(name)
         if source.order != "as_is":
             return self.tensor(name, shape)
@@ -133,13 +169,17 @@ class Checkpoint:
         self._required.setdefault(name, _run_range(source, stored)[1])
         return LazyRows(shape, partial(self._read_rows, name, stored, source))
 
+    def expert_rows(self, layer: int, expert: int) -> ExpertRows:
+        """The weights of one slot, read as their rows are taken."""
+        return self._ffn_rows(expert_tensor_names(layer, expert))
+
+    def dense_mlp(self, layer: int) -> ExpertRows:
+        """The FFN of a layer of a dense model, read as its rows are taken."""
+        return self._ffn_rows(dense_tensor_names(layer))
+
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """The weights of one (layer, expert) slot."""
         return self._ffn(expert_tensor_names(layer, expert))
-
-    def dense_mlp(self, layer: int) -> ExpertWeights:
-        """The FFN of a layer of a dense model."""
-        return self._ffn(dense_tensor_names(layer))
 
     def digest(self, names: Iterable[str]) -> bytes:
         """16 bytes that tell apart tensors that differ; no guard against forgery.
@@ -151,13 +191,14 @@ class Checkpoint:
         """
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for name in sorted(set(names)):
+            if quantized := self._locate_quantized(name):
+                for stored in quantized.parts:
+                    digest.update(f"{stored.name} {stored.dtype} {stored.shape}\n".encode())
+                    _add_samples(digest, stored, 0, stored.num_bytes)
+                continue
             source, stored = self._locate(name)
             digest.update(f"{name} {stored.dtype} {source.shape} {source.order}\n".encode())
-            start, num_bytes = _run_range(source, stored)
-            sample = bytearray(min(_SAMPLE_BYTES, num_bytes))
-            for offset in (start, start + num_bytes - len(sample)):
-                for part in read_chunks(stored, offset, memoryview(sample)):
-                    digest.update(part)
+            _add_samples(digest, stored, *_run_range(source, stored))
         return digest.digest()
 
     def slot_digest(self, layer: int, expert: int) -> bytes:
@@ -189,20 +230,58 @@ class Checkpoint:
             w3=self.tensor(w3, (intermediate, hidden)),
         )
 
+    def _ffn_rows(self, names: tuple[str, str, str]) -> ExpertRows:
+        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
+        w1, w2, w3 = names
+        return ExpertRows(
+            w1=self.rows_of(w1, (intermediate, hidden)),
+            w2=self.rows_of(w2, (hidden, intermediate)),
+            w3=self.rows_of(w3, (intermediate, hidden)),
+        )
+
     def _locate(self, name: str) -> tuple[TensorSource, StoredTensor]:
         for source in tensor_sources(name, self.config):
-            if file := self._weight_map.files.get(source.name):
-                stored = self._header(file, source.name).get(source.name)
-                if stored is None:
-                    raise CheckpointError(
-                        f"{self.folder / file} lacks tensor {source.name}, "
-                        f"which {self._weight_map.origin} says it holds",
-                        file=str(self.folder / file),
-                        tensor=source.name,
-                    )
+            if source.name in self._weight_map.files:
+                stored = self._stored(source.name)
                 _check_stored(stored, source)
                 return source, stored
-        raise CheckpointError(
+        raise self._lacks(name)
+
+    def _locate_quantized(self, name: str) -> StoredQuantized | None:
+        """Quantised weights have the canonical names, and the canonical order."""
+        weight_format = quantized_format(name, self._weight_map.files)
+        if weight_format is None:
+            return None
+        num_outputs, num_inputs = tensor_sources(name, self.config)[0].shape
+        return locate_quantized(name, (num_outputs, num_inputs), weight_format, self._stored)
+
+    def _quantized_rows(
+        self, name: str, shape: tuple[int, ...], quantized: StoredQuantized
+    ) -> StoredQuantizedRows:
+        _check_shape(quantized.shape, shape, quantized.values)
+        self._required.setdefault(name, quantized.num_bytes)
+        return StoredQuantizedRows(
+            quantized,
+            dtype=torch_dtype(self.config.dtype),
+            read=self._read_part_rows,
+        )
+
+    def _stored(self, stored_name: str) -> StoredTensor:
+        file = self._weight_map.files.get(stored_name)
+        if file is None:
+            raise self._lacks(stored_name)
+        stored = self._header(file, stored_name).get(stored_name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.folder / file} lacks tensor {stored_name}, "
+                f"which {self._weight_map.origin} says it holds",
+                file=str(self.folder / file),
+                tensor=stored_name,
+            )
+        return stored
+
+    def _lacks(self, name: str) -> CheckpointError:
+        return CheckpointError(
             f"{self._weight_map.origin} lacks tensor {name}; the checkpoint is incomplete, "
             "or its config.json belongs to another",
             file=str(self._weight_map.origin),
@@ -227,20 +306,39 @@ class Checkpoint:
         self._read(name, stored, replace(source, shape=shape, start=start), run)
         return run
 
+    def _read_part_rows(self, stored: StoredTensor, first: int, count: int) -> torch.Tensor:
+        """Rows of a part of a quantised weight."""
+        dtype = _PART_DTYPES.get(stored.dtype) or torch_dtype(stored.dtype)
+        row = stored.shape[1:]
+        run = torch.empty((count, *row), dtype=dtype)
+        self._fill(stored, first * math.prod(row), run)
+        return run
+
     def _read(
         self, name: str, stored: StoredTensor, source: TensorSource, run: torch.Tensor
     ) -> None:
-        start, num_bytes = _run_range(source, stored)
-        self._required.setdefault(name, num_bytes)
+        self._required.setdefault(name, _run_range(source, stored)[1])
+        self._fill(stored, source.start, run)
+
+    def _fill(self, stored: StoredTensor, start: int, run: torch.Tensor) -> None:
+        """Read `run` from its element `start` of the stored tensor on."""
         flat, done = run.view(-1), 0
-        for part in read_chunks(stored, start, tensor_to_bytes(run)):
+        for part in read_chunks(stored, start * run.itemsize, tensor_to_bytes(run)):
             values = flat[done : done + len(part) // run.itemsize]
-            _check_finite(values, stored, source.start + done)
+            if run.is_floating_point():
+                _check_finite(values, stored, start + done)
             done += len(values)
             self.bytes_read += len(part)
             if self._progress:
                 total_bytes = max(sum(self._required.values()), self.bytes_read)
                 self._progress(self.bytes_read, total_bytes, "reading weights")
+
+
+def _add_samples(digest: hashlib.blake2b, stored: StoredTensor, start: int, num_bytes: int) -> None:
+    sample = bytearray(min(_SAMPLE_BYTES, num_bytes))
+    for offset in (start, start + num_bytes - len(sample)):
+        for part in read_chunks(stored, offset, memoryview(sample)):
+            digest.update(part)
 
 
 def _run_range(source: TensorSource, stored: StoredTensor) -> tuple[int, int]:
