@@ -4,13 +4,14 @@
 
 Random hidden states and a random gate go through the two expert backends in turn, on the same
 weights. Prints medians in microseconds per layer call and the difference: what packing, wire,
-queueing and combining cost, less what computing in several processes gains.
+queueing and combining cost, less what computing in several processes gains. Then the means of the
+parts of a call, which are those of its slowest frame (`DispatchTimings`).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -18,14 +19,17 @@ import time
 from pathlib import Path
 
 import torch
+import uvloop
 
 from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side import running_workers
+from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import ExpertBackend, StepContext
 from services.core.checkpoints.checkpoint import Checkpoint
+from services.core.grpc_options import GRPC_ENVIRONMENT
 from services.core.model_config import ModelConfig
 from services.core.static_registry import StaticRegistry, parse_endpoints
 
@@ -36,6 +40,10 @@ CONTEXT = StepContext()
 
 
 def main() -> None:
+    if not GRPC_ENVIRONMENT.items() <= os.environ.items():
+        # As the launcher starts a shard; gRPC read its environment when it was imported above.
+        command = [sys.executable, "-m", "benchmarks.dispatch", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | GRPC_ENVIRONMENT)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="bench-s", help="bench-s or bench-xs")
     parser.add_argument("--workers", default="1,2,4")
@@ -47,11 +55,13 @@ def main() -> None:
             arguments.model, Path(scratch) / arguments.model, num_layers=NUM_LAYERS
         )
         sys.stdout.write(f"{describe_machine()}\n{arguments.model}, {NUM_LAYERS} layers, bf16\n\n")
-        sys.stdout.write("| workers | tokens | in process us | over gRPC us | difference us |\n")
-        sys.stdout.write("|---|---|---|---|---|\n")
+        sys.stdout.write(
+            "| workers | tokens | in process us | over gRPC us | difference us "
+            f"| pack | wire | queue | expert | combine |\n{'|---' * 10}|\n"
+        )
         for num_workers in (int(count) for count in arguments.workers.split(",")):
             with running_workers(str(folder), "bfloat16", num_workers) as endpoints:
-                asyncio.run(_compare(str(folder), endpoints, num_workers, tokens))
+                uvloop.run(_compare(str(folder), endpoints, num_workers, tokens))
 
 
 async def _compare(model: str, endpoints: str, num_workers: int, tokens: list[int]) -> None:
@@ -68,16 +78,30 @@ async def _compare(model: str, endpoints: str, num_workers: int, tokens: list[in
         for count in tokens:
             local_us: list[float] = []
             remote_us: list[float] = []
+            remote.take_timings()
             for _ in range(ROUNDS):
                 local_us.append(await _round_us(local, checkpoint.config, count))
                 remote_us.append(await _round_us(remote, checkpoint.config, count))
             near, far = statistics.median(local_us), statistics.median(remote_us)
             sys.stdout.write(
-                f"| {num_workers} | {count} | {near:.0f} | {far:.0f} | {far - near:+.0f} |\n"
+                f"| {num_workers} | {count} | {near:.0f} | {far:.0f} | {far - near:+.0f} "
+                f"| {_parts(remote.take_timings())} |\n"
             )
             sys.stdout.flush()
     finally:
         await remote.close()
+
+
+def _parts(timings: DispatchTimings) -> str:
+    """Mean microseconds of a call's parts, as cells of the table."""
+    parts = (
+        timings.pack_ns,
+        timings.wire_ns,
+        timings.queue_ns,
+        timings.expert_ns,
+        timings.combine_ns,
+    )
+    return " | ".join(f"{part / timings.num_calls / 1000:.0f}" for part in parts)
 
 
 async def _round_us(experts: ExpertBackend, config: ModelConfig, num_tokens: int) -> float:

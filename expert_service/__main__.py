@@ -14,7 +14,10 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         settings = load_settings(
-            model=arguments.model, dtype=arguments.dtype, device=arguments.device
+            model=arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            expert_weights=arguments.expert_weights,
         )
     except ConfigurationError as error:
         sys.stderr.write(f"{error.message}\n")
@@ -43,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--advertised-host", help="where others reach this worker")
     parser.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--expert-weights", help="auto, int8 or int4; auto: as they are stored")
     return parser
 
 

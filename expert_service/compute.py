@@ -1,9 +1,8 @@
-"""The compute thread: the only one that runs torch once the weights are loaded."""
+"""Computing frames, and the thread that does it."""
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -15,11 +14,17 @@ from torch import Tensor
 
 from expert_service.frame_queue import FrameQueue
 from expert_service.held_experts import HeldExperts
+from services.core.bit_patterns import bit_patterns, is_all_finite
 from services.core.errors import ExpertfleetError, MalformedFrameError
 from services.core.expert_ffn import MoeInput, moe_forward_each
+from services.core.kernels.choice import native_kernels_for, set_num_threads
 from services.core.wire import RequestFrame
 
 _STOP_TIMEOUT_S = 1.0
+_SHORT_BYTES = 256 << 20
+"""Of weights: some 25 ms on one core."""
+_ROWS_LIKE_READING = 8
+"""So many rows through a matrix cost about as much as reading it once."""
 _logger = logging.getLogger(__name__)
 
 
@@ -81,12 +86,14 @@ class ComputeThread:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # OpenMP keeps this per calling thread
+        experts = self._experts
+        is_native = native_kernels_for(experts.dtype, experts.device) is not None
+        set_num_threads(self._num_threads, is_native=is_native)  # torch's are this thread's only
         waiting: FrameQueue[Job] = FrameQueue()
         while self._receive(waiting):
             jobs = [job for job in waiting.take() if job.is_wanted()]
             if jobs:
-                self._deliver(self._compute(jobs))
+                self._deliver(compute_jobs(self._experts, jobs))
 
     def _receive(self, waiting: FrameQueue[Job]) -> bool:
         """Move everything sent so far into `waiting`; block while there is nothing to do."""
@@ -97,21 +104,36 @@ class ComputeThread:
             waiting.add(job.frame.layer, job)
         return True
 
-    def _compute(self, jobs: Sequence[Job]) -> list[Outcome]:
-        started_ns = time.perf_counter_ns()
-        results = _compute_frames(self._experts, [job.frame for job in jobs])
-        compute_us = (time.perf_counter_ns() - started_ns) // 1000
-        batch_rows = sum(len(job.frame.assignments.token_rows) for job in jobs)
-        return [
-            Outcome(
-                job=job,
-                result=result,
-                queue_us=(started_ns - job.arrived_ns) // 1000,
-                compute_us=compute_us,
-                batch_rows=batch_rows,
-            )
-            for job, result in zip(jobs, results, strict=True)
+
+def is_short(held: HeldExperts, frame: RequestFrame) -> bool:
+    """Whether a frame of a layer that is held is computed in some milliseconds on one core."""
+    experts = held.layers[frame.layer]
+    assigned = frame.assignments
+    cost_bytes = sum(
+        [
+            experts[expert].weight_bytes * (1 + num_rows / _ROWS_LIKE_READING)
+            for expert, num_rows in zip(assigned.expert_ids, assigned.rows_per_expert, strict=True)
         ]
+    )
+    return cost_bytes <= _SHORT_BYTES
+
+
+def compute_jobs(held: HeldExperts, jobs: Sequence[Job]) -> list[Outcome]:
+    """Compute frames of one layer together, on the calling thread."""
+    started_ns = time.perf_counter_ns()
+    results = _compute_frames(held, [job.frame for job in jobs])
+    compute_us = (time.perf_counter_ns() - started_ns) // 1000
+    batch_rows = sum([job.frame.num_assignments for job in jobs])
+    return [
+        Outcome(
+            job=job,
+            result=result,
+            queue_us=(started_ns - job.arrived_ns) // 1000,
+            compute_us=compute_us,
+            batch_rows=batch_rows,
+        )
+        for job, result in zip(jobs, results, strict=True)
+    ]
 
 
 def _compute_frames(
@@ -142,26 +164,24 @@ def _moe_forward(held: HeldExperts, frames: Sequence[RequestFrame]) -> list[Tens
         return []
     inputs = [
         MoeInput(
-            hidden_states=frame.hidden_states.to(held.device),
+            hidden_states=frame.rows(held.dtype).to(held.device),
             assignments=frame.assignments.to(held.device),
             combine=frame.combine,
         )
         for frame in frames
     ]
-    return [output.cpu() for output in moe_forward_each(held.layers[frames[0].layer], inputs)]
+    outputs = moe_forward_each(held.layers[frames[0].layer], inputs)
+    return [
+        output.to("cpu", frame.answer_dtype or held.dtype)
+        for frame, output in zip(frames, outputs, strict=True)
+    ]
 
 
 def _check_finite(frame: RequestFrame) -> Tensor | ExpertfleetError:
-    if _is_finite(frame.hidden_states):
-        return frame.hidden_states
-    bad_rows = (~torch.isfinite(frame.hidden_states)).any(dim=1).nonzero().flatten().tolist()
+    rows = frame.hidden_states
+    if frame.scales is not None or is_all_finite(bit_patterns(rows), rows.dtype):
+        return rows
+    bad_rows = (~torch.isfinite(rows)).any(dim=1).nonzero().flatten().tolist()
     return MalformedFrameError(
         f"hidden_states has NaN or infinity in rows {bad_rows[:8]} of layer {frame.layer}"
-    )
-
-
-def _is_finite(values: Tensor) -> bool:
-    """NaN and infinity spread to the sum; a sum may also overflow by itself, so look again."""
-    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(
-        torch.isfinite(values).all()
     )

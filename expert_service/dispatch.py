@@ -14,7 +14,8 @@ import torch
 from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from expert_service.byte_budget import ByteBudget
-from expert_service.compute import ComputeThread, Job, Outcome
+from expert_service.compute import ComputeThread, Job, Outcome, compute_jobs, is_short
+from expert_service.frame_queue import FrameQueue
 from expert_service.frame_spans import FrameSpans
 from expert_service.held_experts import HeldExperts
 from expert_service.worker_stats import WorkerStats
@@ -26,6 +27,7 @@ from services.core.errors import (
     MalformedFrameError,
     UnknownExpertError,
 )
+from services.core.kernels.choice import set_num_threads
 from services.core.wire import RequestFrame, decode_request, encode_error, encode_response
 
 MAX_FRAMES_IN_HAND = 4
@@ -42,7 +44,8 @@ StreamContext = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class DispatchService:
-    """Serves streams on the event loop; torch runs on the compute thread alone.
+    """Serves streams on the event loop; torch runs on the compute thread, and where there is no
+    core to spare also on the loop, for frames that are `is_short`.
 
     Frames are refused until `open`, and from `drain` on. One stream may have the bytes of one
     largest frame in hand, all together `MAX_FRAMES_IN_HAND` of them; past that, streams are not
@@ -57,10 +60,17 @@ class DispatchService:
         self._streams: set[_Stream] = set()
         self._experts: HeldExperts | None = None
         self._compute: ComputeThread | None = None
+        self._computes_short_frames = False
+        self._short_jobs: FrameQueue[Job] = FrameQueue()
         self._is_draining = False
 
     def open(self, experts: HeldExperts, *, num_threads: int) -> None:
-        """Take frames from now on. Call on the event loop."""
+        """Take frames from now on. Call on the event loop.
+
+        With one thread on a CPU, short frames are computed on the event loop itself: handing them
+        to another thread and back costs more than the loop can do meanwhile. (With more threads,
+        OpenMP would keep a pool for each of the two.)
+        """
         loop = asyncio.get_running_loop()
 
         def deliver(outcomes: Sequence[Outcome]) -> None:
@@ -70,6 +80,9 @@ class DispatchService:
         self._compute = ComputeThread(experts, num_threads=num_threads, deliver=deliver)
         self._compute.start()
         self._experts = experts
+        self._computes_short_frames = num_threads == 1 and experts.device.type == "cpu"
+        if self._computes_short_frames:
+            set_num_threads(1)
 
     async def drain(self) -> None:
         """Refuse new frames; when everything accepted is answered, end all streams."""
@@ -120,30 +133,40 @@ class DispatchService:
         try:
             frame = decode_request(frame_bytes, max_frame_bytes=self._max_frame_bytes)
             call_id = frame.call_id
-            compute = self._check(frame)
+            experts, compute = self._check(frame)
         except ExpertfleetError as error:
             refusal = self._error_frame(error.details.get("call_id", call_id), error)
             stream.put_answer(_Answer(frame=refusal, request_bytes=len(frame_bytes)))
             return
         stream.accept(len(frame_bytes))
-        compute.submit(
-            Job(
-                frame=frame,
-                arrived_ns=arrived_ns,
-                is_wanted=stream.is_open,
-                on_done=lambda outcome: self._answer(stream, outcome, len(frame_bytes)),
-            )
+        job = Job(
+            frame=frame,
+            arrived_ns=arrived_ns,
+            is_wanted=stream.is_open,
+            on_done=lambda outcome: self._answer(stream, outcome, len(frame_bytes)),
         )
+        if self._computes_short_frames and is_short(experts, frame):
+            self._short_jobs.add(frame.layer, job)
+            # In the loop's next round, so that frames that came together are computed together.
+            asyncio.get_running_loop().call_soon(self._compute_short_jobs)
+        else:
+            compute.submit(job)
 
-    def _check(self, frame: RequestFrame) -> ComputeThread:
-        """The thread to compute on; raises what the frame asks for in vain."""
+    def _check(self, frame: RequestFrame) -> tuple[HeldExperts, ComputeThread]:
+        """What to compute with and on; raises what the frame asks for in vain."""
         if self._is_draining:
             raise DrainingError("this worker is draining; send the frame to another")
         if self._experts is None or self._compute is None:
             raise UnknownExpertError("this worker is still loading; send the frame to another")
         self._experts.check_slots(frame.layer, frame.assignments.expert_ids)
         check_rows(frame, self._experts.dtype, self._experts.hidden_size)
-        return self._compute
+        return self._experts, self._compute
+
+    @torch.inference_mode()
+    def _compute_short_jobs(self) -> None:
+        jobs = [job for job in self._short_jobs.take() if job.is_wanted()]
+        if jobs and self._experts is not None:
+            self._hand_out(compute_jobs(self._experts, jobs))
 
     def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -182,15 +205,26 @@ class DispatchService:
 
 
 def check_rows(frame: RequestFrame, dtype: torch.dtype, hidden_size: int) -> None:
-    """Raise `MalformedFrameError` unless the rows are of the worker's width and dtype."""
+    """Raise `MalformedFrameError` unless rows and answer are of the worker's width, and of dtypes
+    that its `dtype` of activations goes with."""
     rows = frame.hidden_states
-    if rows.dtype != dtype:
+    may_narrow = dtype == torch.float32
+    if not (rows.dtype in (dtype, torch.int8) or (may_narrow and rows.dtype == torch.bfloat16)):
         raise MalformedFrameError(
-            f"hidden_states is {rows.dtype}, but this worker computes in {dtype}"
+            f"hidden_states is {rows.dtype}, but this worker computes in {dtype}; send {dtype}, "
+            "int8 with scales, or bfloat16 to a worker that computes in float32"
         )
     if rows.shape[1] != hidden_size:
         raise MalformedFrameError(
             f"hidden_size is {rows.shape[1]}, but the model's is {hidden_size}"
+        )
+    answer = frame.answer_dtype
+    if answer not in (None, dtype) and not (
+        may_narrow and answer == torch.bfloat16 and not frame.combine
+    ):
+        raise MalformedFrameError(
+            f"answer_dtype is {answer} with combine={frame.combine}, but this worker answers in "
+            f"{dtype}; bfloat16 is for workers that compute in float32, without combine"
         )
 
 

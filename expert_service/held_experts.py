@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from services.core.checkpoints.checkpoint import Checkpoint
-from services.core.checkpoints.tensor_names import expert_tensor_names
 from services.core.errors import UnknownExpertError
-from services.core.expert_ffn import PackedExpert, computed_digest, weight_format
+from services.core.expert_ffn import PackedExpert, computed_digest
+from services.core.quantization.formats import WeightsSetting, chosen_format
+from services.core.quantization.quantized_rows import stored_format
 from services.core.registry import Slot
-from services.core.row_source import RowSource
 
 _PROGRESS_EVERY_S = 2.0
 _logger = logging.getLogger(__name__)
@@ -31,6 +30,12 @@ class HeldExperts:
     dtype: torch.dtype
     device: torch.device
     hidden_size: int
+
+    @property
+    def weight_format(self) -> str:
+        """What the experts are held as; joined with "+" where that differs between them."""
+        formats = {e.weight_format for experts in self.layers.values() for e in experts.values()}
+        return "+".join(sorted(formats))
 
     @property
     def weight_bytes(self) -> int:
@@ -62,8 +67,11 @@ def load_experts(
     dtype: torch.dtype,
     device: torch.device,
     cancelled: threading.Event,
+    expert_weights: WeightsSetting = "auto",
 ) -> HeldExperts:
     """Read, pack and release the slots' tensors one after the other.
+
+    `expert_weights` says what they are held as; auto: as they are stored.
 
     Raises `CheckpointError` naming file and tensor, `UnsupportedModelError`, or
     `LoadingCancelledError` between two experts after `cancelled` was set.
@@ -75,14 +83,17 @@ def load_experts(
     for done, (layer, expert) in enumerate(slots):
         if cancelled.is_set():
             raise LoadingCancelledError
+        weights = checkpoint.expert_rows(layer, expert)
         layers.setdefault(layer, {})[expert] = PackedExpert(
-            _StoredExpert(checkpoint, layer, expert),
+            weights,
             dtype=dtype,
             device=device,
             hidden_act=checkpoint.config.hidden_act,
+            quantized=chosen_format(expert_weights, stored_format(weights.w1)),
         )
         stored_digest = checkpoint.slot_digest(layer, expert)
-        digests[layer, expert] = computed_digest(stored_digest, weight_format(dtype))
+        held_as = layers[layer][expert].weight_format
+        digests[layer, expert] = computed_digest(stored_digest, held_as)
         if time.monotonic() >= next_log:
             _logger.info(
                 "loaded %d of %d experts, %d MB read",
@@ -98,29 +109,6 @@ def load_experts(
         device=device,
         hidden_size=checkpoint.config.hidden_size,
     )
-
-
-class _StoredExpert:
-    """Weights that are read when they are asked for, each into memory of its own; w2, which is
-    packed last and when memory is scarcest, in slices."""
-
-    def __init__(self, checkpoint: Checkpoint, layer: int, expert: int) -> None:
-        self._checkpoint = checkpoint
-        self._names = expert_tensor_names(layer, expert)
-        self._hidden = checkpoint.config.hidden_size
-        self._intermediate = checkpoint.config.intermediate_size
-
-    @property
-    def w1(self) -> Tensor:
-        return self._checkpoint.tensor(self._names[0], (self._intermediate, self._hidden))
-
-    @property
-    def w2(self) -> RowSource:
-        return self._checkpoint.rows_of(self._names[1], (self._hidden, self._intermediate))
-
-    @property
-    def w3(self) -> Tensor:
-        return self._checkpoint.tensor(self._names[2], (self._intermediate, self._hidden))
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from expert_service.slots import parse_indices
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
+from services.core.kernels.choice import set_num_threads
 from services.core.logging_setup import configure_logging
 from services.core.metrics import MetricsServer, new_registry
 from services.core.redis_registry import RedisRegistry
@@ -55,7 +56,7 @@ def run_worker(
     worker_id = worker_id or f"worker-{secrets.token_hex(4)}"
     configure_logging(settings.log_level, service="worker", instance=worker_id)
     num_threads = settings.num_threads or _fitted_threads()
-    torch.set_num_threads(num_threads)
+    set_num_threads(num_threads)
     torch.set_num_interop_threads(1)
     try:
         options = WorkerOptions(

@@ -24,7 +24,7 @@ from expert_service.slots import select_slots
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
 from services.core.checkpoints.checkpoint import Checkpoint
-from services.core.expert_ffn import weight_format
+from services.core.kernels.choice import kernels_name, set_num_threads
 from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName
 from services.core.settings import Settings
@@ -138,20 +138,21 @@ class ExpertWorker:
             return False
         self._checkpoint, self._experts = loading.result()
         _logger.info(
-            "loaded %d experts of %s in %.1f s: %d MB read, %d MB of weights as %s on %s",
+            "loaded %d experts of %s in %.1f s: %d MB read, %d MB of weights as %s on %s (%s)",
             len(self._experts.digests),
             self._checkpoint.name,
             time.time() - self._started_at,
             self._checkpoint.bytes_read // 1_000_000,
             self._experts.weight_bytes // 1_000_000,
-            weight_format(self._experts.dtype),
+            self._experts.weight_format,
             self._experts.device,
+            kernels_name(self._experts.dtype, self._experts.device),
         )
         self._dispatch.open(self._experts, num_threads=self._options.num_threads)
         return True
 
     def _read_weights(self, cancelled: threading.Event) -> tuple[Checkpoint, HeldExperts]:
-        torch.set_num_threads(self._options.num_threads)
+        set_num_threads(self._options.num_threads)
         map_blocks_from(_LOADING_MAPPED_BYTES)
         settings = self._settings
         device = resolve_device(settings.device)
@@ -160,7 +161,14 @@ class ExpertWorker:
         slots = select_slots(config, self._options.experts, self._options.layers)
         dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
         _logger.info("loading %d experts of %s", len(slots), checkpoint.name)
-        experts = load_experts(checkpoint, slots, dtype=dtype, device=device, cancelled=cancelled)
+        experts = load_experts(
+            checkpoint,
+            slots,
+            dtype=dtype,
+            device=device,
+            cancelled=cancelled,
+            expert_weights=settings.expert_weights,
+        )
         map_blocks_from(_SERVING_MAPPED_BYTES)
         return checkpoint, experts
 
@@ -228,7 +236,7 @@ def _describe_held(checkpoint: Checkpoint, experts: HeldExperts) -> experts_pb2.
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         dtype=DTYPE_TO_PROTO[experts.dtype],
-        weight_format=weight_format(experts.dtype),
+        weight_format=experts.weight_format,
         device=str(experts.device),
         slots=[
             experts_pb2.Slot(layer=layer, expert=expert, digest=digest)

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from expert_service.compute import Outcome
 from protos import experts_pb2
+from services.core.deferred_observations import DeferredObservations
 from services.core.metrics import CALL_BUCKETS_S, ROWS_BUCKETS
 from services.core.registry import Slot
 from services.core.telemetry import (
@@ -53,19 +54,22 @@ class WorkerStats:
             METRIC_WORKER_QUEUE,
             "Time a frame waited for the compute thread",
             buckets=CALL_BUCKETS_S,
-            registry=registry,
+            registry=None,
         )
         self._compute = Histogram(
             METRIC_WORKER_COMPUTE,
             "Time of the computation a frame was part of",
             buckets=CALL_BUCKETS_S,
-            registry=registry,
+            registry=None,
         )
         self._batch_rows = Histogram(
             METRIC_WORKER_BATCH_ROWS,
             "Expert rows computed together, seen by each frame",
             buckets=ROWS_BUCKETS,
-            registry=registry,
+            registry=None,
+        )
+        self._computed = DeferredObservations(
+            registry, [self._queue, self._compute, self._batch_rows], self._observe
         )
         registry.register(_TokenCollector(self._tokens))
 
@@ -88,9 +92,13 @@ class WorkerStats:
         self._interval_queue_us += outcome.queue_us
         self._interval_compute_us += outcome.compute_us
         self._frames_by_status[experts_pb2.DISPATCH_STATUS_OK].inc()
-        self._queue.observe(outcome.queue_us / 1e6)
-        self._compute.observe(outcome.compute_us / 1e6)
-        self._batch_rows.observe(outcome.batch_rows)
+        self._computed.add((outcome.queue_us, outcome.compute_us, outcome.batch_rows))
+
+    def _observe(self, figures: tuple[int, int, int]) -> None:
+        queue_us, compute_us, batch_rows = figures
+        self._queue.observe(queue_us / 1e6)
+        self._compute.observe(compute_us / 1e6)
+        self._batch_rows.observe(batch_rows)
 
     def record_refused(self, status: experts_pb2.DispatchStatus) -> None:
         self._frames_by_status[status].inc()

@@ -13,6 +13,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT32: _ClassVar[DType]
     DTYPE_FLOAT16: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
 
 class DispatchStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -33,6 +34,7 @@ DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_FLOAT16: DType
 DTYPE_BFLOAT16: DType
+DTYPE_INT8: DType
 DISPATCH_STATUS_OK: DispatchStatus
 DISPATCH_STATUS_INVALID_FRAME: DispatchStatus
 DISPATCH_STATUS_UNKNOWN_EXPERT: DispatchStatus
@@ -45,7 +47,7 @@ WORKER_STATE_READY: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 
 class DispatchRequest(_message.Message):
-    __slots__ = ("hidden_states", "call_id", "layer", "dtype", "num_tokens", "hidden_size", "expert_ids", "rows_per_expert", "token_rows", "topk_weights", "combine", "traceparent")
+    __slots__ = ("hidden_states", "call_id", "layer", "dtype", "num_tokens", "hidden_size", "expert_ids", "rows_per_expert", "token_rows", "topk_weights", "combine", "traceparent", "scales", "answer_dtype")
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +60,8 @@ class DispatchRequest(_message.Message):
     TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     COMBINE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_DTYPE_FIELD_NUMBER: _ClassVar[int]
     hidden_states: bytes
     call_id: int
     layer: int
@@ -70,7 +74,9 @@ class DispatchRequest(_message.Message):
     topk_weights: bytes
     combine: bool
     traceparent: str
-    def __init__(self, hidden_states: _Optional[bytes] = ..., call_id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., rows_per_expert: _Optional[_Iterable[int]] = ..., token_rows: _Optional[bytes] = ..., topk_weights: _Optional[bytes] = ..., combine: _Optional[bool] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    scales: bytes
+    answer_dtype: DType
+    def __init__(self, hidden_states: _Optional[bytes] = ..., call_id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., rows_per_expert: _Optional[_Iterable[int]] = ..., token_rows: _Optional[bytes] = ..., topk_weights: _Optional[bytes] = ..., combine: _Optional[bool] = ..., traceparent: _Optional[str] = ..., scales: _Optional[bytes] = ..., answer_dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class DispatchResponse(_message.Message):
     __slots__ = ("hidden_states", "call_id", "status", "error", "dtype", "num_rows", "queue_us", "compute_us")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,46 +50,80 @@ class GatedTokens:
     @property
     def combine(self) -> bool:
         """Whether whoever computes also sums, per token, what it computed."""
-        return self.top_k <= MAX_COMBINED_TOP_K
+        return self.places is None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedFrame:
-    """What one worker computes: the rows `token_ids` [t], and assignments over these t rows.
+class PlannedFrame(NamedTuple):
+    """What one worker computes: t tokens, and a assignments over their rows as the wire has them.
 
-    `places` [a] are those of `GatedTokens`, None where there are none.
+    A tuple, since a few are made per layer call.
     """
 
     worker: int
-    token_ids: Tensor
-    assignments: Assignments
-    places: Tensor | None
+    token_ids: NDArray[np.int64]
+    """[t], ascending."""
+    expert_ids: tuple[int, ...]
+    rows_per_expert: tuple[int, ...]
+    token_rows: bytes
+    """int32 [a]: rows of the frame."""
+    topk_weights: bytes
+    """float32 [a]."""
+    places: NDArray[np.int64] | None
+    """[a] of `GatedTokens.places`, None where there are none."""
+
+    @property
+    def num_assignments(self) -> int:
+        return len(self.token_rows) // 4
+
+    @property
+    def assignments(self) -> Assignments:
+        """The same as tensors."""
+        token_rows = np.frombuffer(self.token_rows, dtype=np.int32)
+        topk_weights = np.frombuffer(self.topk_weights, dtype=np.float32)
+        return Assignments(
+            expert_ids=self.expert_ids,
+            rows_per_expert=self.rows_per_expert,
+            token_rows=torch.from_numpy(token_rows.astype(np.int64)),
+            topk_weights=torch.from_numpy(topk_weights.copy()),
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchPlan:
-    """One frame per worker that has anything to do; `token_ids` are those of all, one by one."""
+class DispatchPlan(NamedTuple):
+    """One frame per worker that has anything to do, ascending; `token_ids` are those of all
+    frames, one after the other."""
 
-    frames: tuple[PlannedFrame, ...]
-    token_ids: Tensor
+    frames: Sequence[PlannedFrame]
+    token_ids: NDArray[np.int64]
 
-    def select(self, hidden_states: Tensor) -> Sequence[Tensor]:
-        """[T, H] -> the rows [t, H] of each frame."""
-        if len(self.frames) == 1 and len(self.token_ids) == len(hidden_states):
-            return [hidden_states]  # token ids ascend, so these are all tokens in order
-        rows = hidden_states.index_select(0, self.token_ids)
-        return torch.split_with_sizes(rows, [len(frame.token_ids) for frame in self.frames])
+    def select(self, rows: NDArray[Any]) -> Sequence[NDArray[Any]]:
+        """[T, ...] -> the rows [t, ...] of each frame, C-contiguous."""
+        if len(self.frames) == 1 and len(self.token_ids) == len(rows):
+            return [rows]  # token ids ascend, so these are all tokens in order
+        if len(rows) == 1:
+            return [rows] * len(self.frames)
+        selected = rows.take(self.token_ids, axis=0)
+        parts, start = [], 0
+        for frame in self.frames:
+            stop = start + len(frame.token_ids)
+            parts.append(selected[start:stop])
+            start = stop
+        return parts
 
 
-def group_by_expert(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> GatedTokens:
-    """From the gate's int64 [T, K] and float32 [T, K], on the CPU."""
+def group_by_expert(
+    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, *, may_combine: bool = True
+) -> GatedTokens:
+    """From the gate's int64 [T, K] and float32 [T, K], on the CPU.
+
+    Rows come back one by one where K is too large for workers to sum, or not `may_combine`.
+    """
     num_tokens, top_k = topk_ids.shape
     ids: NDArray[np.int64] = topk_ids.numpy()
     flat_ids = ids.reshape(-1)
     order = np.argsort(flat_ids, kind="stable")
     token_rows = order // top_k
     places = None
-    if top_k > MAX_COMBINED_TOP_K:
+    if top_k > MAX_COMBINED_TOP_K or not may_combine:
         ranks = np.argsort(np.argsort(ids, axis=1), axis=1).reshape(-1)[order]
         places = token_rows * top_k + ranks
     return GatedTokens(
@@ -118,42 +153,56 @@ def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> Di
 
     `worker_of_expert` [E]; assignments of an expert whose worker is negative are left out.
     """
-    rows_per_expert = gated.rows_per_expert.tolist()
-    experts_of = _experts_by_worker(worker_of_expert.tolist(), rows_per_expert)
-    # Index work is done for all workers at once: assignments sorted by worker, then by expert.
+    workers = worker_of_expert.tolist()
+    counts = gated.rows_per_expert.tolist()
+    experts_of = _experts_by_worker(workers, counts)
     worker_of_assignment = worker_of_expert[gated.expert_ids]
-    order = np.argsort(worker_of_assignment, kind="stable")
-    order = order[np.count_nonzero(worker_of_assignment < 0) :]
-    workers, tokens = worker_of_assignment[order], gated.token_rows[order]
-    is_sent = np.zeros((max(experts_of, default=0) + 1, gated.num_tokens), dtype=np.bool_)
-    is_sent[workers, tokens] = True
-    token_ids = is_sent.nonzero()[1]
-    token_rows = (is_sent.cumsum(axis=1) - 1)[workers, tokens]
-    topk_weights = gated.topk_weights[order]
-    places = None if gated.places is None else gated.places[order]
+    tokens, weights, places = gated.token_rows, gated.topk_weights, gated.places
+    if not _ascends(workers):
+        # Assignments sorted by worker, then by expert.
+        order = np.argsort(worker_of_assignment, kind="stable")
+        order = order[np.count_nonzero(worker_of_assignment < 0) :]
+        worker_of_assignment, tokens, weights = (
+            worker_of_assignment[order],
+            tokens[order],
+            weights[order],
+        )
+        places = None if places is None else places[order]
+    # Index work is done for all workers at once, over (worker, token) pairs in one axis.
+    num_tokens = gated.num_tokens
+    num_workers = max(experts_of, default=-1) + 1
+    pairs = worker_of_assignment * num_tokens + tokens
+    is_sent = np.zeros(num_workers * num_tokens, dtype=np.bool_)
+    is_sent[pairs] = True
+    rows_until = is_sent.cumsum()
+    token_ids = is_sent.nonzero()[0] % num_tokens
+    row_stops = rows_until[num_tokens - 1 :: num_tokens]
+    first_rows = np.zeros(num_workers, dtype=np.int64)
+    first_rows[1:] = row_stops[:-1]
+    token_rows = (rows_until[pairs] - first_rows[worker_of_assignment] - 1).astype(np.int32)
+    row_bytes, weight_bytes = token_rows.tobytes(), weights.tobytes()
 
     frames = []
-    first, first_token = 0, 0
-    for worker, num_tokens in enumerate(is_sent.sum(axis=1).tolist()):
-        if num_tokens == 0:
+    first = first_token = 0
+    for worker, stop_token in enumerate(row_stops.tolist()):
+        if stop_token == first_token:
             continue
-        counts = tuple([rows_per_expert[expert] for expert in experts_of[worker]])
-        own = slice(first, first + sum(counts))
+        expert_ids = experts_of[worker]
+        rows_per_expert = tuple([counts[expert] for expert in expert_ids])
+        stop = first + sum(rows_per_expert)
         frames.append(
             PlannedFrame(
-                worker=worker,
-                token_ids=torch.from_numpy(token_ids[first_token : first_token + num_tokens]),
-                assignments=Assignments(
-                    expert_ids=tuple(experts_of[worker]),
-                    rows_per_expert=counts,
-                    token_rows=torch.from_numpy(token_rows[own]),
-                    topk_weights=torch.from_numpy(topk_weights[own]),
-                ),
-                places=None if places is None else torch.from_numpy(places[own]),
+                worker,
+                token_ids[first_token:stop_token],
+                tuple(expert_ids),
+                rows_per_expert,
+                row_bytes[4 * first : 4 * stop],
+                weight_bytes[4 * first : 4 * stop],
+                None if places is None else places[first:stop],
             )
         )
-        first, first_token = own.stop, first_token + num_tokens
-    return DispatchPlan(frames=tuple(frames), token_ids=torch.from_numpy(token_ids))
+        first, first_token = stop, stop_token
+    return DispatchPlan(frames, token_ids)
 
 
 def frame_bytes(num_tokens: int, *, top_k: int, row_bytes: int) -> int:
@@ -168,51 +217,53 @@ def rows_that_fit(max_frame_bytes: int, *, top_k: int, row_bytes: int) -> int:
     return max(1, (max_frame_bytes - _FRAME_OVERHEAD_BYTES) // per_token)
 
 
-def split_frame(
-    frame: PlannedFrame, rows: Tensor, max_rows: int
-) -> Iterator[tuple[PlannedFrame, Tensor]]:
-    """The frame and its rows [t, H] in pieces of consecutive rows, at most `max_rows` each."""
-    expert_of = np.repeat(frame.assignments.expert_ids, frame.assignments.rows_per_expert)
-    token_rows = frame.assignments.token_rows.numpy()
-    for start in range(0, len(rows), max_rows):
+def split_frame(frame: PlannedFrame, max_rows: int) -> Iterator[PlannedFrame]:
+    """The frame in pieces of consecutive rows, at most `max_rows` each."""
+    expert_of = np.repeat(frame.expert_ids, frame.rows_per_expert)
+    token_rows = np.frombuffer(frame.token_rows, dtype=np.int32)
+    topk_weights = np.frombuffer(frame.topk_weights, dtype=np.float32)
+    for start in range(0, len(frame.token_ids), max_rows):
         own = np.flatnonzero((token_rows >= start) & (token_rows < start + max_rows))
         expert_ids, counts = np.unique(expert_of[own], return_counts=True)
-        assignments = Assignments(
-            expert_ids=tuple(expert_ids.tolist()),
-            rows_per_expert=tuple(counts.tolist()),
-            token_rows=torch.from_numpy(token_rows[own] - start),
-            topk_weights=frame.assignments.topk_weights[own],
-        )
-        piece = PlannedFrame(
+        yield PlannedFrame(
             worker=frame.worker,
             token_ids=frame.token_ids[start : start + max_rows],
-            assignments=assignments,
+            expert_ids=tuple(expert_ids.tolist()),
+            rows_per_expert=tuple(counts.tolist()),
+            token_rows=(token_rows[own] - start).astype(np.int32).tobytes(),
+            topk_weights=topk_weights[own].tobytes(),
             places=None if frame.places is None else frame.places[own],
         )
-        yield piece, rows[start : start + max_rows]
 
 
-def combine_frames(gated: GatedTokens, answers: Sequence[tuple[PlannedFrame, Tensor]]) -> Tensor:
-    """The layer's output [T, H] from the frames that cover all assignments, in any order.
+def combine_frames(gated: GatedTokens, frames: Sequence[PlannedFrame], rows: Tensor) -> Tensor:
+    """The layer's output [T, H] from frames that cover all assignments, in any order.
 
-    An answer is [t, H] where `gated.combine`, else [a, H].
+    `rows` are the frames' answers, one after the other: [t, H] of each where `gated.combine`, else
+    [a, H].
     """
-    first = answers[0][1]
-    if gated.combine and len(answers) == 1 and len(first) == gated.num_tokens:
-        return first
-    output = first.new_zeros((gated.num_tokens, first.shape[1]))
+    num_tokens, hidden_size = gated.num_tokens, rows.shape[1]
     if gated.combine:
-        for frame, rows in answers:
-            output.index_add_(0, frame.token_ids, rows)
-        return output
-    by_place = first.new_empty((gated.num_tokens * gated.top_k, first.shape[1]))
-    for frame, rows in answers:
-        assert frame.places is not None
-        by_place.index_copy_(0, frame.places, rows)
-    by_rank = by_place.view(gated.num_tokens, gated.top_k, -1)
+        if len(frames) == 1 and len(rows) == num_tokens:
+            return rows
+        output = rows.new_zeros((num_tokens, hidden_size))
+        return output.index_add_(0, _joined([frame.token_ids for frame in frames]), rows)
+    places = _joined([frame.places for frame in frames if frame.places is not None])
+    by_place = torch.empty_like(rows).index_copy_(0, places, rows)
+    by_rank = by_place.view(num_tokens, gated.top_k, hidden_size)
+    output = rows.new_zeros((num_tokens, hidden_size))
     for rank in range(gated.top_k):
         output.add_(by_rank[:, rank])
     return output
+
+
+def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def _ascends(workers: list[int]) -> bool:
+    """Whether experts in order are already in order of their workers, and all have one."""
+    return workers[0] >= 0 and workers == sorted(workers)
 
 
 def _experts_by_worker(

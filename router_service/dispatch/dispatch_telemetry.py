@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from router_service.dispatch.dispatch_plan import GatedTokens, PlannedFrame
 from router_service.experts import StepContext
+from services.core.deferred_observations import DeferredObservations
 from services.core.metrics import CALL_BUCKETS_S
 from services.core.telemetry import (
     ATTR_COMPUTE_MS,
@@ -42,8 +43,9 @@ class DispatchTelemetry:
             "Seconds from sending a frame to a worker to its answer",
             ["worker"],
             buckets=CALL_BUCKETS_S,
-            registry=registry,
+            registry=None,
         )
+        self._answers = DeferredObservations(registry, [self._durations], self._observe)
         self._retries = Counter(
             METRIC_DISPATCH_RETRIES,
             "Frames to be sent again, by what went wrong",
@@ -64,7 +66,6 @@ class DispatchTelemetry:
         layer: int,
         worker_id: str,
         frame: PlannedFrame,
-        num_tokens: int,
         num_retries: int,
     ) -> DispatchSpan:
         """The span of one frame under its layer's."""
@@ -74,15 +75,20 @@ class DispatchTelemetry:
             attributes={
                 ATTR_LAYER: layer,
                 ATTR_WORKER_ID: worker_id,
-                ATTR_NUM_TOKENS: num_tokens,
-                ATTR_EXPERT_IDS: frame.assignments.expert_ids,
-                ATTR_TOKENS_PER_EXPERT: frame.assignments.rows_per_expert,
+                ATTR_NUM_TOKENS: len(frame.token_ids),
+                ATTR_EXPERT_IDS: frame.expert_ids,
+                ATTR_TOKENS_PER_EXPERT: frame.rows_per_expert,
                 ATTR_NUM_RETRIES: num_retries,
             },
         )
         return DispatchSpan(span)
 
     def observe(self, worker_id: str, seconds: float) -> None:
+        """A frame of that worker was answered after so long."""
+        self._answers.add((worker_id, seconds))
+
+    def _observe(self, answer: tuple[str, float]) -> None:
+        worker_id, seconds = answer
         child = self._children.get(worker_id)
         if child is None:
             child = self._children[worker_id] = self._durations.labels(worker_id)
@@ -93,6 +99,7 @@ class DispatchTelemetry:
 
     def forget_worker(self, worker_id: str) -> None:
         """Drop the series of a worker that is gone, so that names that change do not pile up."""
+        self._answers.settle()
         if self._children.pop(worker_id, None) is not None:
             self._durations.remove(worker_id)
 

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,17 +18,28 @@ from torch import Tensor
 from router_service.dispatch.admission import AdmissionRules
 from router_service.dispatch.dispatch_plan import combine_frames, group_by_expert
 from router_service.dispatch.dispatch_telemetry import DispatchTelemetry
+from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.expert_load import ExpertLoad
-from router_service.dispatch.layer_dispatch import DispatchLimits, LayerCall, LayerDispatch
+from router_service.dispatch.layer_dispatch import (
+    Answered,
+    DispatchLimits,
+    LayerCall,
+    LayerDispatch,
+)
 from router_service.dispatch.non_finite import blank, find_non_finite, spoil
 from router_service.dispatch.transport import ExpertTransport
+from router_service.dispatch.wire_rows import WireRows
 from router_service.dispatch.worker_link import GrpcTransport
 from router_service.dispatch.worker_pool import WorkerPool, log_crash
 from router_service.experts import StepContext
+from services.core.bit_patterns import bit_patterns
 from services.core.errors import UnavailableError
 from services.core.model_config import ModelConfig
 from services.core.registry import Registry, Slot
 from services.core.registry_json import format_ranges
+from services.core.settings import WireDTypeName
+from services.core.tensor_codec import tensor_from_buffer
+from services.core.wire_dtype import WireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +47,10 @@ logger = logging.getLogger(__name__)
 class RemoteExperts:
     """Made on any thread, used on one event loop. It owns the registry client given to it.
 
-    `dtype` is that of activations. `expert_wait_s` bounds the wait for a replica after a call's
-    first failure, `call_timeout_s` one frame. The registry is read every `refresh_s`; a worker
-    that is missing there is kept for `missing_grace_s`.
+    `dtype` is that of activations, `wire_dtype` what rows are sent in (`WireFormat`).
+    `expert_wait_s` bounds the wait for a replica after a call's first failure, `call_timeout_s`
+    one frame. The registry is read every `refresh_s`; a worker that is missing there is kept for
+    `missing_grace_s`.
     """
 
     def __init__(
@@ -47,6 +59,7 @@ class RemoteExperts:
         *,
         registry: Registry,
         dtype: torch.dtype,
+        wire_dtype: WireDTypeName = "auto",
         expert_wait_s: float = 60.0,
         call_timeout_s: float = 30.0,
         max_frame_bytes: int = 256 << 20,
@@ -75,6 +88,8 @@ class RemoteExperts:
             missing_grace_s=missing_grace_s,
             on_gone=self._telemetry.forget_worker,
         )
+        self._wire_format = WireFormat.of(wire_dtype, dtype)
+        self._timings = DispatchTimings()
         self._call_ids = itertools.count(1)
         self._follower: asyncio.Task[None] | None = None
 
@@ -86,28 +101,45 @@ class RemoteExperts:
         topk_weights: Tensor,
         context: StepContext,
     ) -> Tensor:
+        started_ns = time.perf_counter_ns()
         self._start()
-        rows, topk_weights = hidden_states.cpu(), topk_weights.cpu()
-        bad = find_non_finite(rows, topk_weights)
+        rows, topk_weights = on_cpu(hidden_states), on_cpu(topk_weights)
+        patterns = bit_patterns(rows)
+        bad = find_non_finite(rows, patterns, topk_weights)
         if bad is not None:
             rows, topk_weights = blank(rows, bad), blank(topk_weights, bad)
-        gated = group_by_expert(topk_ids.cpu(), topk_weights, self._num_experts)
+            patterns = bit_patterns(rows)
+        gated = group_by_expert(
+            on_cpu(topk_ids),
+            topk_weights,
+            self._num_experts,
+            may_combine=not self._wire_format.narrows_answers,
+        )
         self._load.add(layer, gated.rows_per_expert)
         with self._telemetry.layer_span(layer, gated, context) as span:
             call = LayerCall(
                 layer=layer,
                 micro_batch=context.micro_batch,
-                rows=rows,
+                rows=WireRows(rows, patterns, self._wire_format),
                 gated=gated,
                 span=span,
             )
-            dispatch = LayerDispatch(
+            answers = await LayerDispatch(
                 call, self._pool, self._limits, self._telemetry, self._call_ids
+            ).run()
+            output = combine_frames(
+                gated,
+                [answered.frame for answered in answers],
+                _joined_rows(answers, self._wire_format, rows.shape[1]),
             )
-            output = combine_frames(gated, await dispatch.run())
         if bad is not None:
             output = spoil(output, bad)
-        return output.to(hidden_states.device)
+        self._count_time(started_ns, answers)
+        return output if hidden_states.is_cpu else output.to(hidden_states.device)
+
+    def take_timings(self) -> DispatchTimings:
+        """Where the time of layer calls went since the last call of this."""
+        return self._timings.take()
 
     async def wait_ready(self) -> None:
         self._start()
@@ -142,6 +174,19 @@ class RemoteExperts:
         await self._pool.close()
         await self._registry.close()
 
+    def _count_time(self, started_ns: int, answers: Sequence[Answered]) -> None:
+        if not answers:
+            return
+        slowest = max(answers, key=_received_ns)
+        self._timings.add_call(
+            started_ns=started_ns,
+            sent_ns=slowest.sent_ns,
+            received_ns=slowest.received_ns,
+            ended_ns=time.perf_counter_ns(),
+            queue_us=slowest.response.queue_us,
+            compute_us=slowest.response.compute_us,
+        )
+
     def _start(self) -> None:
         if self._follower is None:
             self._follower = asyncio.create_task(self._follow_registry(), name="registry")
@@ -158,6 +203,25 @@ class RemoteExperts:
                     logger.warning("going on with the last routing table: %s", error.message)
                 is_away = True
             await asyncio.sleep(self._refresh_s)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cpu else tensor.cpu()
+
+
+def _joined_rows(answers: Sequence[Answered], wire_format: WireFormat, hidden_size: int) -> Tensor:
+    """All answers' rows in the activation dtype, one after the other."""
+    if len(answers) == 1:
+        payload: bytes | memoryview = answers[0].response.payload
+    else:
+        payload = b"".join([answered.response.payload for answered in answers])
+    num_rows = len(payload) // (hidden_size * wire_format.answer.itemsize)
+    rows = tensor_from_buffer(payload, wire_format.answer, (num_rows, hidden_size))
+    return rows.to(wire_format.activation) if wire_format.narrows_answers else rows
+
+
+def _received_ns(answered: Answered) -> int:
+    return answered.received_ns
 
 
 def _described(slots: Iterable[Slot]) -> str:

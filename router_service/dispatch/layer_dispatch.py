@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from opentelemetry.trace import Span
-from torch import Tensor
 
 from protos import experts_pb2
 from router_service.dispatch.dispatch_plan import (
@@ -25,11 +25,12 @@ from router_service.dispatch.dispatch_plan import (
     split_frame,
 )
 from router_service.dispatch.dispatch_telemetry import DispatchSpan, DispatchTelemetry
-from router_service.dispatch.transport import Answer
+from router_service.dispatch.transport import WorkerLink
+from router_service.dispatch.wire_rows import WireRows
 from router_service.dispatch.worker_pool import PoolView, WorkerPool
 from services.core.errors import ExpertUnavailableError, MalformedFrameError
 from services.core.routing_table import NO_WORKER
-from services.core.wire import ResponseFrame, encode_request
+from services.core.wire import RequestHeader, ResponseFrame
 
 _FIRST_RESEND_DELAY_S = 0.02
 _MAX_RESEND_DELAY_S = 1.0
@@ -46,25 +47,98 @@ class DispatchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCall:
-    """What is computed: `rows` [T, H] on the CPU. `span` is the layer's if the step is sampled."""
+    """What is computed: `rows` of T tokens as they go over the wire. `span` is the layer's if the
+    step is sampled."""
 
     layer: int
     micro_batch: int
-    rows: Tensor
+    rows: WireRows
     gated: GatedTokens
     span: Span | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered(NamedTuple):
+    """A frame with its worker's answer; times are of `time.perf_counter_ns`."""
+
+    frame: PlannedFrame
+    response: ResponseFrame
+    sent_ns: int
+    received_ns: int
+
+
 class _Sent:
     """A frame that was sent, or a piece of one that was too large."""
 
-    frame: PlannedFrame
-    num_tokens: int
-    worker_id: str
-    future: asyncio.Future[Answer | None]
-    sent_at: float
-    span: DispatchSpan | None
+    __slots__ = (
+        "_round",
+        "call_id",
+        "frame",
+        "link",
+        "received_ns",
+        "response",
+        "sent_ns",
+        "span",
+        "worker_id",
+    )
+
+    def __init__(
+        self,
+        frame: PlannedFrame,
+        worker_id: str,
+        link: WorkerLink,
+        call_id: int,
+        span: DispatchSpan | None,
+        round_: _Round,
+    ) -> None:
+        self.frame = frame
+        self.worker_id = worker_id
+        self.link = link
+        self.call_id = call_id
+        self.span = span
+        self.sent_ns = time.perf_counter_ns()
+        self.received_ns = 0
+        self.response: ResponseFrame | None = None
+        self._round = round_
+
+    def take_answer(self, response: ResponseFrame | None) -> None:
+        """An `OnAnswer`."""
+        self.received_ns = time.perf_counter_ns()
+        self.response = response
+        self._round.count_answer()
+
+
+class _Round:
+    """The wait for frames that were sent together.
+
+    One future and one timer for all of them: these are made for every layer call.
+    """
+
+    __slots__ = ("_done", "_num_waiting")
+
+    def __init__(self) -> None:
+        self._num_waiting = 1  # itself, until everything is sent: a broken link answers at once
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def expect_answer(self) -> None:
+        self._num_waiting += 1
+
+    def count_answer(self) -> None:
+        self._num_waiting -= 1
+        if self._num_waiting == 0:
+            self._end_wait()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when every frame was answered, or when it is too late."""
+        self.count_answer()
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._end_wait)
+        try:
+            await self._done
+        finally:
+            timer.cancel()
+
+    def _end_wait(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,85 +165,106 @@ class LayerDispatch:
         self._limits = limits
         self._telemetry = telemetry
         self._call_ids = call_ids
+        self._header = self._request_header()
         self._avoided: set[str] = set()
         self._num_retries = 0
         self._give_up_at: float | None = None
         self._last_fault = ""
 
-    async def run(self) -> list[tuple[PlannedFrame, Tensor]]:
+    async def run(self) -> list[Answered]:
         """Frames with their answers; together they cover every assignment.
 
         Raises `ExpertUnavailableError`, or `MalformedFrameError` where a worker refused a frame
         for what it is: every other would.
         """
-        answers: list[tuple[PlannedFrame, Tensor]] = []
-        needed = self._call.gated.rows_per_expert > 0
+        answers: list[Answered] = []
+        num_assignments = len(self._call.gated.token_rows)
+        needed: NDArray[np.bool_] | None = None
         while True:
-            sent = self._send(needed)
-            await self._wait_answered(sent)
-            for whole, pieces in sent:
-                rows = [self._take(piece) for piece in pieces]
-                answered = [
-                    (piece.frame, row)
-                    for piece, row in zip(pieces, rows, strict=True)
-                    if row is not None
-                ]
+            round_ = _Round()
+            sent = self._send(needed, round_)
+            try:
+                await round_.wait(self._limits.call_timeout_s)
+            finally:
+                _forget_unanswered(sent)
+            for pieces in sent:
+                good = [answer for piece in pieces if (answer := self._take(piece)) is not None]
                 # All pieces of a frame or none: its experts are sent again as a whole.
-                if len(answered) == len(pieces):
-                    answers.extend(answered)
-                    needed[list(whole.assignments.expert_ids)] = False
-            if not needed.any():
+                if len(good) == len(pieces):
+                    answers.extend(good)
+            if sum([answered.frame.num_assignments for answered in answers]) == num_assignments:
                 return answers
+            needed = self._call.gated.rows_per_expert > 0
+            for answered in answers:
+                needed[list(answered.frame.expert_ids)] = False
             await self._pause(needed)
             self._num_retries += 1
 
-    def _send(self, needed: NDArray[np.bool_]) -> list[tuple[PlannedFrame, list[_Sent]]]:
-        """Send what is needed of experts that have a worker, a frame to each worker."""
+    def _send(self, needed: NDArray[np.bool_] | None, round_: _Round) -> list[list[_Sent]]:
+        """Send what is needed (None: everything) of experts that have a worker, a frame to each
+        worker, in pieces that this process and the worker accept."""
         view = self._pool.view
         workers = view.table.resolve_avoiding(self._call.layer, self._avoided)
-        plan = plan_dispatch(self._call.gated, np.where(needed, workers, NO_WORKER))
-        selected = plan.select(self._call.rows)
-        return [
-            (frame, [self._send_piece(*piece, view) for piece in self._fit(frame, rows, view)])
-            for frame, rows in zip(plan.frames, selected, strict=True)
-        ]
+        if needed is not None:
+            workers = np.where(needed, workers, NO_WORKER)
+        plan = plan_dispatch(self._call.gated, workers)
+        sent = []
+        for frame, rows in zip(plan.frames, self._call.rows.select(plan), strict=True):
+            max_rows = self._max_rows(view.max_frame_bytes[frame.worker])
+            if len(rows) <= max_rows:
+                sent.append([self._send_piece(frame, rows, view, round_)])
+                continue
+            pieces = []
+            for piece in split_frame(frame, max_rows):
+                pieces.append(self._send_piece(piece, rows[: len(piece.token_ids)], view, round_))
+                rows = rows[len(piece.token_ids) :]
+            sent.append(pieces)
+        return sent
 
-    def _fit(
-        self, frame: PlannedFrame, rows: Tensor, view: PoolView
-    ) -> Iterable[tuple[PlannedFrame, Tensor]]:
-        """The frame in pieces that this process and the worker accept."""
-        max_rows = rows_that_fit(
-            min(self._limits.max_frame_bytes, view.max_frame_bytes[frame.worker]),
+    def _max_rows(self, max_frame_bytes: int) -> int:
+        rows = self._call.rows
+        return rows_that_fit(
+            min(self._limits.max_frame_bytes, max_frame_bytes),
             top_k=self._call.gated.top_k,
-            row_bytes=rows.shape[1] * rows.itemsize,
+            row_bytes=rows.hidden_size * rows.wire_format.activation.itemsize,
         )
-        return [(frame, rows)] if len(rows) <= max_rows else split_frame(frame, rows, max_rows)
 
-    def _send_piece(self, frame: PlannedFrame, rows: Tensor, view: PoolView) -> _Sent:
+    def _send_piece(
+        self, frame: PlannedFrame, rows: NDArray[Any], view: PoolView, round_: _Round
+    ) -> _Sent:
         worker_id = view.table.workers[frame.worker].worker_id
-        span = self._start_span(frame, worker_id, len(rows))
+        span = self._start_span(frame, worker_id)
+        header = self._header if span is None else self._request_header(span.traceparent)
         call_id = next(self._call_ids)
-        encoded = encode_request(
+        encoded = header.frame(
             call_id=call_id,
-            layer=self._call.layer,
-            hidden_states=rows,
-            assignments=frame.assignments,
-            combine=self._call.gated.combine,
-            traceparent="" if span is None else span.traceparent,
-        )
-        sent_at = time.monotonic()
-        return _Sent(
-            frame=frame,
+            payload=rows.data,
             num_tokens=len(rows),
-            worker_id=worker_id,
-            future=view.links[frame.worker].send(self._call.micro_batch, call_id, encoded),
-            sent_at=sent_at,
-            span=span,
+            expert_ids=frame.expert_ids,
+            rows_per_expert=frame.rows_per_expert,
+            token_rows=frame.token_rows,
+            topk_weights=frame.topk_weights,
+            scales=self._call.rows.scales(frame.token_ids),
+        )
+        link = view.links[frame.worker]
+        sent = _Sent(frame, worker_id, link, call_id, span, round_)
+        round_.expect_answer()
+        link.send(self._call.micro_batch, call_id, encoded, sent.take_answer)
+        return sent
+
+    def _request_header(self, traceparent: str = "") -> RequestHeader:
+        rows = self._call.rows
+        wire_format = rows.wire_format
+        return RequestHeader(
+            layer=self._call.layer,
+            dtype=wire_format.request,
+            hidden_size=rows.hidden_size,
+            combine=self._call.gated.combine,
+            answer_dtype=wire_format.answer if wire_format.narrows_answers else None,
+            traceparent=traceparent,
         )
 
-    def _start_span(
-        self, frame: PlannedFrame, worker_id: str, num_tokens: int
-    ) -> DispatchSpan | None:
+    def _start_span(self, frame: PlannedFrame, worker_id: str) -> DispatchSpan | None:
         if self._call.span is None:
             return None
         return self._telemetry.start_dispatch(
@@ -177,27 +272,13 @@ class LayerDispatch:
             layer=self._call.layer,
             worker_id=worker_id,
             frame=frame,
-            num_tokens=num_tokens,
             num_retries=self._num_retries,
         )
 
-    async def _wait_answered(self, sent: list[tuple[PlannedFrame, list[_Sent]]]) -> None:
-        """Return when every future is done; those that are not in time are cancelled."""
-        futures = [piece.future for _, pieces in sent for piece in pieces]
-        try:
-            async with asyncio.timeout(self._limits.call_timeout_s):
-                for future in futures:
-                    await future
-        except TimeoutError:
-            pass
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def _take(self, sent: _Sent) -> Tensor | None:
-        """An answer's rows; None, with what went wrong noted, if the frame must be sent again."""
+    def _take(self, sent: _Sent) -> Answered | None:
+        """A good answer; None, with what went wrong noted, if the frame must be sent again."""
         outcome = self._judge(sent)
-        if isinstance(outcome, Tensor):
+        if isinstance(outcome, Answered):
             return outcome
         self._telemetry.count_retry(outcome.reason)
         if sent.span is not None:
@@ -207,21 +288,19 @@ class LayerDispatch:
             self._avoided.add(sent.worker_id)
         return None
 
-    def _judge(self, sent: _Sent) -> Tensor | _Fault:
-        if sent.future.cancelled():
+    def _judge(self, sent: _Sent) -> Answered | _Fault:
+        if not sent.received_ns:
             return _Fault("late", f"no answer within {self._limits.call_timeout_s:g} s")
-        answer = sent.future.result()
-        if answer is None:
+        response = sent.response
+        if response is None:
             return _Fault("broken", "the connection broke")
-        response = answer.response
         if response.status == experts_pb2.DISPATCH_STATUS_OK:
-            if (fault := self._check_rows(sent, response.hidden_states)) is not None:
+            if (fault := self._check_rows(sent, response)) is not None:
                 return fault
-            assert response.hidden_states is not None
-            self._telemetry.observe(sent.worker_id, answer.received_at - sent.sent_at)
+            self._telemetry.observe(sent.worker_id, (sent.received_ns - sent.sent_ns) / 1e9)
             if sent.span is not None:
                 sent.span.answered(response)
-            return response.hidden_states
+            return Answered(sent.frame, response, sent.sent_ns, sent.received_ns)
         return self._judge_refusal(sent, response)
 
     def _judge_refusal(self, sent: _Sent, response: ResponseFrame) -> _Fault:
@@ -233,12 +312,12 @@ class LayerDispatch:
                 sent.span.failed(response.error)
             raise MalformedFrameError(
                 f"worker {sent.worker_id} refused a frame of layer {self._call.layer} with "
-                f"{sent.num_tokens} tokens: {response.error}",
+                f"{len(sent.frame.token_ids)} tokens: {response.error}",
                 layer=self._call.layer,
                 worker_id=sent.worker_id,
             )
         if response.status == experts_pb2.DISPATCH_STATUS_UNKNOWN_EXPERT:
-            slots = [(self._call.layer, expert) for expert in sent.frame.assignments.expert_ids]
+            slots = [(self._call.layer, expert) for expert in sent.frame.expert_ids]
             self._pool.mark_absent(sent.worker_id, slots)
             return _Fault("unknown_expert", response.error)
         if response.status == experts_pb2.DISPATCH_STATUS_DRAINING:
@@ -246,14 +325,16 @@ class LayerDispatch:
             return _Fault("draining", response.error or "is draining")
         return _Fault("internal", response.error)
 
-    def _check_rows(self, sent: _Sent, rows: Tensor | None) -> _Fault | None:
-        num_assignments = len(sent.frame.assignments.token_rows)
-        num_rows = sent.num_tokens if self._call.gated.combine else num_assignments
-        expected = (num_rows, self._call.rows.shape[1]), self._call.rows.dtype
-        seen = None if rows is None else (tuple(rows.shape), rows.dtype)
+    def _check_rows(self, sent: _Sent, response: ResponseFrame) -> _Fault | None:
+        frame, dtype = sent.frame, self._call.rows.wire_format.answer
+        num_rows = len(frame.token_ids) if self._call.gated.combine else frame.num_assignments
+        expected = (num_rows, self._call.rows.hidden_size * dtype.itemsize, dtype)
+        seen = (response.num_rows, response.row_bytes, response.dtype)
         if seen == expected:
             return None
-        return _Fault("internal", f"answered with rows of {seen} instead of {expected}")
+        return _Fault(
+            "internal", f"answered with rows, bytes of a row, dtype {seen}, not {expected}"
+        )
 
     async def _pause(self, needed: NDArray[np.bool_]) -> None:
         """Return when sending again makes sense. Raises `ExpertUnavailableError` when it is over.
@@ -291,3 +372,11 @@ class LayerDispatch:
             expert=experts[0],
             experts=experts,
         )
+
+
+def _forget_unanswered(sent: list[list[_Sent]]) -> None:
+    """What comes later is dropped."""
+    for pieces in sent:
+        for piece in pieces:
+            if not piece.received_ns:
+                piece.link.forget(piece.call_id)

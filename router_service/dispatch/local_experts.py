@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,11 +14,21 @@ from torch import Tensor
 
 from router_service.dispatch.dispatch_plan import all_assignments, group_by_expert
 from router_service.dispatch.dispatch_telemetry import layer_span
+from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.expert_load import ExpertLoad
 from router_service.experts import StepContext
 from services.core.checkpoints.checkpoint import Checkpoint
-from services.core.expert_ffn import PackedExpert, computed_digest, moe_forward, weight_format
+from services.core.expert_ffn import (
+    Assignments,
+    PackedExpert,
+    computed_digest,
+    moe_forward,
+)
+from services.core.quantization.formats import WeightsSetting, chosen_format
+from services.core.quantization.quantized_rows import stored_format
 from services.core.registry import Slot
+from services.core.settings import WireDTypeName
+from services.core.wire_dtype import WireFormat
 
 
 class LocalExperts:
@@ -28,13 +39,19 @@ class LocalExperts:
         layers: Sequence[Mapping[int, PackedExpert]],
         digests: Mapping[Slot, bytes],
         *,
+        wire_format: WireFormat | None = None,
         tracer: Tracer | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`layers` has all of the model's experts, `digests` is of their weights as computed."""
+        """`layers` has all of the model's experts, `digests` is of their weights as computed.
+
+        `wire_format`: round rows as that wire would.
+        """
         self._layers = layers
         self._digests = digests
         self._num_experts = len(layers[0])
+        self._wire_format = wire_format
+        self._timings = DispatchTimings()
         self._tracer = tracer or NoOpTracer()
         self._load = ExpertLoad(len(layers), self._num_experts)
         self._load.export(metrics)
@@ -46,13 +63,20 @@ class LocalExperts:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        wire_dtype: WireDTypeName = "auto",
+        expert_weights: WeightsSetting = "auto",
         tracer: Tracer | None = None,
         metrics: CollectorRegistry | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> LocalExperts:
         """Read and pack every expert; `on_layer(done, total)` is told of progress.
 
-        Raises `CheckpointError` naming file and tensor.
+        `expert_weights` says what they are held as; auto: as they are stored.
+
+        With a `wire_dtype` other than auto, rows are rounded as on the way to workers and back.
+
+        Raises `CheckpointError` naming file and tensor, `ConfigurationError` where `wire_dtype`
+        does not go with `dtype`.
         """
         config = checkpoint.config
         num_layers, num_experts = config.num_hidden_layers, config.num_local_experts
@@ -60,22 +84,26 @@ class LocalExperts:
         checkpoint.require(slots=slots, non_expert=False)
         layers: list[dict[int, PackedExpert]] = []
         for layer in range(num_layers):
-            layers.append(
-                {
-                    expert: PackedExpert(
-                        checkpoint.expert(layer, expert),
-                        dtype=dtype,
-                        device=device,
-                        hidden_act=config.hidden_act,
-                    )
-                    for expert in range(num_experts)
-                }
-            )
+            layers.append({})
+            for expert in range(num_experts):
+                weights = checkpoint.expert_rows(layer, expert)
+                layers[layer][expert] = PackedExpert(
+                    weights,
+                    dtype=dtype,
+                    device=device,
+                    hidden_act=config.hidden_act,
+                    quantized=chosen_format(expert_weights, stored_format(weights.w1)),
+                )
             if on_layer is not None:
                 on_layer(layer + 1, num_layers)
-        held_as = weight_format(dtype)
-        digests = {slot: computed_digest(checkpoint.slot_digest(*slot), held_as) for slot in slots}
-        return cls(layers, digests, tracer=tracer, metrics=metrics)
+        digests = {
+            (layer, expert): computed_digest(
+                checkpoint.slot_digest(layer, expert), layers[layer][expert].weight_format
+            )
+            for layer, expert in slots
+        }
+        wire_format = None if wire_dtype == "auto" else WireFormat.of(wire_dtype, dtype)
+        return cls(layers, digests, wire_format=wire_format, tracer=tracer, metrics=metrics)
 
     async def forward(
         self,
@@ -85,11 +113,30 @@ class LocalExperts:
         topk_weights: Tensor,
         context: StepContext,
     ) -> Tensor:
+        started_ns = time.perf_counter_ns()
         gated = group_by_expert(topk_ids.cpu(), topk_weights.cpu(), self._num_experts)
         self._load.add(layer, gated.rows_per_expert)
         with layer_span(self._tracer, layer, gated, context):
             assignments = all_assignments(gated).to(hidden_states.device)
-            return moe_forward(self._layers[layer], hidden_states, assignments, combine=True)
+            output = self._compute(layer, hidden_states, assignments)
+        self._timings.num_calls += 1
+        self._timings.expert_ns += time.perf_counter_ns() - started_ns
+        return output
+
+    def take_timings(self) -> DispatchTimings:
+        """Where the time of layer calls went since the last call of this; all of it is experts'."""
+        return self._timings.take()
+
+    def _compute(self, layer: int, hidden_states: Tensor, assignments: Assignments) -> Tensor:
+        experts, wire_format = self._layers[layer], self._wire_format
+        if wire_format is None:
+            return moe_forward(experts, hidden_states, assignments, combine=True)
+        received = wire_format.received(hidden_states)
+        if not wire_format.narrows_answers:
+            return moe_forward(experts, received, assignments, combine=True)
+        # Answered rows are in the activation dtype again; the dispatcher adds them in this order.
+        rows = wire_format.answered(moe_forward(experts, received, assignments, combine=False))
+        return torch.zeros_like(hidden_states).index_add_(0, assignments.token_rows, rows)
 
     async def wait_ready(self) -> None:
         return

@@ -7,18 +7,23 @@ So such tokens are sent as zeros and come back as NaN; the sampler then fails th
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from services.core.bit_patterns import is_all_finite
 
-def find_non_finite(hidden_states: Tensor, topk_weights: Tensor) -> Tensor | None:
+
+def find_non_finite(
+    hidden_states: Tensor, patterns: NDArray[Any], topk_weights: Tensor
+) -> Tensor | None:
     """bool [T] of tokens with a value in [T, H] or a weight in [T, K] that is not finite.
 
-    None, at the price of two sums, where all are finite.
+    None where all are finite. `patterns` are the `bit_patterns` of `hidden_states`.
     """
-    total = hidden_states.sum(dtype=torch.float32) + topk_weights.sum()
-    if math.isfinite(total.item()):
+    is_finite = is_all_finite(patterns, hidden_states.dtype)
+    if is_finite and math.isfinite(topk_weights.numpy().sum()):
         return None
     bad = ~(hidden_states.isfinite().all(1) & topk_weights.isfinite().all(1))
     return bad if bool(bad.any()) else None

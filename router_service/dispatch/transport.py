@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from protos import experts_pb2
 from services.core.wire import ResponseFrame
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A worker's response and when it came, in seconds of `time.monotonic`."""
-
-    response: ResponseFrame
-    received_at: float
+OnAnswer = Callable[[ResponseFrame | None], None]
+"""Called on the loop, once: with the response, or None when the link broke before it came."""
 
 
 class WorkerLink(Protocol):
@@ -31,13 +24,16 @@ class WorkerLink(Protocol):
         """Connect if need be and ask what the worker holds. Raises `UnavailableError`."""
         ...
 
-    def send(self, stream: int, call_id: int, frame: bytes) -> asyncio.Future[Answer | None]:
+    def send(self, stream: int, call_id: int, frame: bytes, on_answer: OnAnswer) -> None:
         """Send an encoded request; streams do not wait for each other.
 
-        The future gets the response with that call_id, whatever its status, or None as soon as
-        the link is broken. `call_id` is never used again. The caller may cancel the future: a late
-        answer is then dropped.
+        `on_answer` gets the response with that call_id, whatever its status, or None as soon as
+        the link is broken, which may be before this returns. `call_id` is never used again.
         """
+        ...
+
+    def forget(self, call_id: int) -> None:
+        """Nobody waits any more: a late answer is dropped."""
         ...
 
     async def close(self) -> None:

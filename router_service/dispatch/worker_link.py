@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
 from protos import experts_pb2
-from router_service.dispatch.transport import Answer
+from router_service.dispatch.transport import OnAnswer
 from services.core.describe import describe_worker
 from services.core.errors import MalformedFrameError, UnavailableError
 from services.core.grpc_options import DISPATCH_METHOD, channel_options
@@ -32,8 +31,8 @@ class GrpcTransport:
 class GrpcWorkerLink:
     """A `WorkerLink`. A stream that ends, however it ends, breaks the link and all its streams.
 
-    Each stream has one task, which reads answers and hands them to the futures of their calls;
-    frames to send pass through a queue that gRPC's own task drains. So a call makes no task.
+    Each stream has one task, which reads answers and hands them to who waits for them; frames to
+    send pass through a queue that gRPC's own task drains. So a call makes no task and no future.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class GrpcWorkerLink:
         self._endpoint = endpoint
         self._on_broken = on_broken
         self._broken: str | None = None
-        self._in_flight: dict[int, asyncio.Future[Answer | None]] = {}
+        self._in_flight: dict[int, OnAnswer] = {}
         self._outgoing: dict[int, asyncio.Queue[bytes]] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._channel = grpc.aio.insecure_channel(
@@ -61,17 +60,18 @@ class GrpcWorkerLink:
                 f"worker at {self._endpoint} does not answer: {error.code().name} {error.details()}"
             ) from error
 
-    def send(self, stream: int, call_id: int, frame: bytes) -> asyncio.Future[Answer | None]:
-        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+    def send(self, stream: int, call_id: int, frame: bytes, on_answer: OnAnswer) -> None:
         if self._broken is not None:
-            future.set_result(None)
-            return future
-        self._in_flight[call_id] = future
+            on_answer(None)
+            return
+        self._in_flight[call_id] = on_answer
         outgoing = self._outgoing.get(stream)
         if outgoing is None:
             outgoing = self._open_stream(stream)
         outgoing.put_nowait(frame)
-        return future
+
+    def forget(self, call_id: int) -> None:
+        self._in_flight.pop(call_id, None)
 
     async def close(self) -> None:
         self._break("closed")
@@ -107,19 +107,18 @@ class GrpcWorkerLink:
     def _deliver(self, frame: bytes) -> None:
         """Answers nobody waits for any more (late, or sent twice) are dropped."""
         response = decode_response(frame)
-        future = self._in_flight.pop(response.call_id, None)
-        if future is not None and not future.done():
-            future.set_result(Answer(response=response, received_at=time.monotonic()))
+        on_answer = self._in_flight.pop(response.call_id, None)
+        if on_answer is not None:
+            on_answer(response)
 
     def _break(self, reason: str) -> None:
         if self._broken is not None:
             return
         self._broken = reason
-        for future in self._in_flight.values():
-            if not future.done():
-                future.set_result(None)
-        self._in_flight.clear()
+        waiting, self._in_flight = self._in_flight, {}
         self._on_broken(reason)
+        for on_answer in waiting.values():
+            on_answer(None)
 
 
 async def _drain(outgoing: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:

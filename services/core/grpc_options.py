@@ -6,6 +6,14 @@ SERVICE_NAME = "expertfleet.v1.ExpertService"
 DISPATCH_METHOD = f"/{SERVICE_NAME}/Dispatch"
 DESCRIBE_METHOD = f"/{SERVICE_NAME}/Describe"
 
+GRPC_ENVIRONMENT = {
+    # gRPC's older poller. With its event engine every message passes through one more thread on
+    # either side: twice the context switches (python -m benchmarks.dispatch). Read by gRPC when
+    # it is imported, so it must be in the environment of a process before it starts.
+    "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
+}
+"""For processes that send or serve frames."""
+
 _INT32_MAX = 2**31 - 1
 _PING_INTERVAL_MS = 10_000
 

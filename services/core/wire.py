@@ -1,34 +1,37 @@
 """Dispatch frames: valid protobuf whose tensor never passes through a protobuf parse.
 
-Writers put the tensor into field 1 by hand (tag, length, payload) and let protobuf write the rest;
-readers recognise that first tag, slice the payload out and parse the rest. A message that starts
-otherwise is parsed as usual, so that a stock client in any language can speak to a worker.
+Writers put the tensor into field 1 (tag, length, payload) and a small header behind it; readers
+recognise that first tag, slice the payload out and parse the rest. A message that starts otherwise
+is parsed as usual, so that a stock client in any language can speak to a worker.
 
 Shapes: T tokens, A assignments, H hidden_size.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 from torch import Tensor
 
 from protos import experts_pb2
+from services.core.bit_patterns import bit_patterns
 from services.core.errors import FrameTooLargeError, MalformedFrameError
 from services.core.expert_ffn import Assignments
-from services.core.tensor_codec import (
-    DTYPE_TO_PROTO,
-    PROTO_TO_DTYPE,
-    tensor_from_buffer,
-    tensor_to_bytes,
+from services.core.tensor_codec import tensor_from_buffer
+from services.core.wire_checks import (
+    WIRE_DTYPE_TO_PROTO,
+    check_payload,
+    checked_assignments,
+    checked_dtype,
+    checked_scales,
+    checked_tensor,
 )
+from services.core.wire_dtype import dequantize_rows
+from services.core.wire_fields import bytes_field, number_field, packed_field, varint
 
 _PAYLOAD_TAG = 0x0A
 _MAX_LENGTH_BYTES = 5
@@ -41,8 +44,9 @@ _Header = TypeVar("_Header", experts_pb2.DispatchRequest, experts_pb2.DispatchRe
 class RequestFrame:
     """A checked request: hidden_states [T, H] lies in the frame's own bytes, so do not write to it.
 
-    Every row index, count and length agrees; weights are finite. Layer, experts, H, dtype and the
-    values of hidden_states are for the worker to judge.
+    Every row index, count and length agrees; weights and scales are finite. Layer, experts, H,
+    dtypes and the values of hidden_states are for the worker to judge. `scales` float32 [T] are
+    there if hidden_states is int8. `answer_dtype` None is the worker's activation dtype.
     """
 
     call_id: int
@@ -51,18 +55,107 @@ class RequestFrame:
     assignments: Assignments
     combine: bool
     traceparent: str
+    scales: Tensor | None = None
+    answer_dtype: torch.dtype | None = None
+
+    @property
+    def num_assignments(self) -> int:
+        return sum(self.assignments.rows_per_expert)
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """[T, H] in the activation dtype."""
+        if self.scales is not None:
+            return dequantize_rows(self.hidden_states, self.scales, dtype)
+        return self.hidden_states.to(dtype)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseFrame:
-    """`status` is a value of `experts_pb2.DispatchStatus`; hidden_states is there if it is OK."""
+class ResponseFrame(NamedTuple):
+    """`status` is a value of `experts_pb2.DispatchStatus`; rows are there if it is OK.
+
+    A tuple, since one is made per frame on the shard's critical path; its rows become a tensor
+    only when they are asked for.
+    """
 
     call_id: int
     status: experts_pb2.DispatchStatus
     error: str
-    hidden_states: Tensor | None
+    payload: memoryview
+    dtype: torch.dtype
+    num_rows: int
     queue_us: int
     compute_us: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.payload.nbytes // self.num_rows if self.num_rows else 0
+
+    @property
+    def hidden_states(self) -> Tensor | None:
+        """[num_rows, H] over the frame's own bytes; None where the status is not OK."""
+        if not self.num_rows:
+            return None
+        row_values = self.row_bytes // self.dtype.itemsize
+        return tensor_from_buffer(self.payload, self.dtype, (self.num_rows, row_values))
+
+
+class RequestHeader:
+    """What the frames of one layer call have in common; writes the frames.
+
+    The header is written by hand: it is a few dozen bytes, half of them the same for every frame.
+    `answer_dtype` None is the worker's activation dtype.
+    """
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        dtype: torch.dtype,
+        hidden_size: int,
+        combine: bool,
+        answer_dtype: torch.dtype | None = None,
+        traceparent: str = "",
+    ) -> None:
+        self._head = (
+            number_field(3, layer)
+            + number_field(4, WIRE_DTYPE_TO_PROTO[dtype])
+            + number_field(6, hidden_size)
+        )
+        self._tail = number_field(11, combine) + bytes_field(12, traceparent.encode())
+        if answer_dtype is not None:
+            self._tail += number_field(14, WIRE_DTYPE_TO_PROTO[answer_dtype])
+
+    def frame(
+        self,
+        *,
+        call_id: int,
+        payload: memoryview,
+        num_tokens: int,
+        expert_ids: Sequence[int],
+        rows_per_expert: Sequence[int],
+        token_rows: bytes,
+        topk_weights: bytes,
+        scales: bytes = b"",
+    ) -> bytes:
+        """A DispatchRequest. `payload` [T, H], `token_rows` int32 [A], `topk_weights` float32 [A]
+        and `scales` float32 [T] are C-contiguous and little-endian; the payload is copied once."""
+        return b"".join(
+            (
+                b"\x0a",
+                varint(payload.nbytes),
+                payload,
+                number_field(2, call_id),
+                self._head,
+                number_field(5, num_tokens),
+                packed_field(7, expert_ids),
+                packed_field(8, rows_per_expert),
+                bytes_field(9, token_rows),
+                bytes_field(10, topk_weights),
+                bytes_field(13, scales),
+                self._tail,
+            )
+        )
 
 
 def encode_request(
@@ -73,22 +166,28 @@ def encode_request(
     assignments: Assignments,
     combine: bool,
     traceparent: str = "",
+    scales: Tensor | None = None,
+    answer_dtype: torch.dtype | None = None,
 ) -> bytes:
     """A DispatchRequest. hidden_states [T, H] may lie on any device; it is copied once."""
-    header = experts_pb2.DispatchRequest(
-        call_id=call_id,
+    header = RequestHeader(
         layer=layer,
-        dtype=DTYPE_TO_PROTO[hidden_states.dtype],
-        num_tokens=hidden_states.shape[0],
+        dtype=hidden_states.dtype,
         hidden_size=hidden_states.shape[1],
+        combine=combine,
+        answer_dtype=answer_dtype,
+        traceparent=traceparent,
+    )
+    return header.frame(
+        call_id=call_id,
+        payload=bit_patterns(hidden_states.cpu()).data,
+        num_tokens=hidden_states.shape[0],
         expert_ids=assignments.expert_ids,
         rows_per_expert=assignments.rows_per_expert,
         token_rows=assignments.token_rows.to("cpu", torch.int32).numpy().tobytes(),
         topk_weights=assignments.topk_weights.to("cpu", torch.float32).numpy().tobytes(),
-        combine=combine,
-        traceparent=traceparent,
+        scales=b"" if scales is None else scales.to("cpu", torch.float32).numpy().tobytes(),
     )
-    return _join(tensor_to_bytes(hidden_states), header)
 
 
 def decode_request(frame: bytes, *, max_frame_bytes: int) -> RequestFrame:
@@ -105,13 +204,16 @@ def decode_request(frame: bytes, *, max_frame_bytes: int) -> RequestFrame:
         )
     payload, header = _split(frame, experts_pb2.DispatchRequest())
     try:
+        hidden_states = checked_tensor(payload, header.dtype, header.num_tokens, header.hidden_size)
         return RequestFrame(
             call_id=header.call_id,
             layer=header.layer,
-            hidden_states=_tensor(payload, header.dtype, header.num_tokens, header.hidden_size),
-            assignments=_assignments(header),
+            hidden_states=hidden_states,
+            assignments=checked_assignments(header),
             combine=header.combine,
             traceparent=header.traceparent,
+            scales=checked_scales(header),
+            answer_dtype=checked_dtype(header.answer_dtype) if header.answer_dtype else None,
         )
     except MalformedFrameError as error:
         error.details["call_id"] = header.call_id
@@ -122,14 +224,19 @@ def encode_response(
     *, call_id: int, hidden_states: Tensor, queue_us: int = 0, compute_us: int = 0
 ) -> bytes:
     """A DispatchResponse with status OK. hidden_states [rows, H] on any device, copied once."""
-    header = experts_pb2.DispatchResponse(
-        call_id=call_id,
-        dtype=DTYPE_TO_PROTO[hidden_states.dtype],
-        num_rows=hidden_states.shape[0],
-        queue_us=min(queue_us, _MAX_UINT32),
-        compute_us=min(compute_us, _MAX_UINT32),
+    payload = bit_patterns(hidden_states.cpu()).data
+    return b"".join(
+        (
+            b"\x0a",
+            varint(payload.nbytes),
+            payload,
+            number_field(2, call_id),
+            number_field(5, WIRE_DTYPE_TO_PROTO[hidden_states.dtype]),
+            number_field(6, hidden_states.shape[0]),
+            number_field(7, min(queue_us, _MAX_UINT32)),
+            number_field(8, min(compute_us, _MAX_UINT32)),
+        )
     )
-    return _join(tensor_to_bytes(hidden_states), header)
 
 
 def encode_error(*, call_id: int, status: experts_pb2.DispatchStatus, error: str) -> bytes:
@@ -142,34 +249,24 @@ def encode_error(*, call_id: int, status: experts_pb2.DispatchStatus, error: str
 def decode_response(frame: bytes) -> ResponseFrame:
     """Parse a response. Raises `MalformedFrameError` with the call_id, 0 where unreadable."""
     payload, header = _split(frame, experts_pb2.DispatchResponse())
-    hidden_states = None
+    dtype, num_rows = torch.float32, 0
     if header.status == experts_pb2.DISPATCH_STATUS_OK:
         try:
-            row_values = _row_values(len(payload), header)
-            hidden_states = _tensor(payload, header.dtype, header.num_rows, row_values)
+            dtype, num_rows = checked_dtype(header.dtype), header.num_rows
+            check_payload(payload, dtype, num_rows)
         except MalformedFrameError as error:
             error.details["call_id"] = header.call_id
             raise
     return ResponseFrame(
-        call_id=header.call_id,
-        status=header.status,
-        error=header.error,
-        hidden_states=hidden_states,
-        queue_us=header.queue_us,
-        compute_us=header.compute_us,
+        header.call_id,
+        header.status,
+        header.error,
+        payload,
+        dtype,
+        num_rows,
+        header.queue_us,
+        header.compute_us,
     )
-
-
-def _join(
-    payload: memoryview, header: experts_pb2.DispatchRequest | experts_pb2.DispatchResponse
-) -> bytes:
-    prefix = bytearray((_PAYLOAD_TAG,))
-    length = payload.nbytes
-    while length >= 0x80:
-        prefix.append(length & 0x7F | 0x80)
-        length >>= 7
-    prefix.append(length)
-    return b"".join((prefix, payload, header.SerializeToString()))
 
 
 def _split(frame: bytes, header: _Header) -> tuple[memoryview, _Header]:
@@ -211,88 +308,3 @@ def _peek_call_id(frame: bytes) -> int:
     except DecodeError:
         return 0
     return header.call_id
-
-
-def _tensor(payload: memoryview, proto_dtype: int, num_rows: int, row_values: int) -> Tensor:
-    dtype = _dtype(proto_dtype)
-    expected = num_rows * row_values * dtype.itemsize
-    if not expected or len(payload) != expected:
-        raise MalformedFrameError(
-            f"hidden_states has {len(payload)} bytes; [{num_rows}, {row_values}] in {dtype} "
-            f"takes {expected}, and may not be empty"
-        )
-    return tensor_from_buffer(payload, dtype, (num_rows, row_values))
-
-
-def _row_values(num_bytes: int, header: experts_pb2.DispatchResponse) -> int:
-    if header.num_rows == 0:
-        return 0
-    return num_bytes // (header.num_rows * _dtype(header.dtype).itemsize)
-
-
-def _dtype(proto_dtype: int) -> torch.dtype:
-    dtype = PROTO_TO_DTYPE.get(proto_dtype)
-    if dtype is None:
-        raise MalformedFrameError(
-            f"dtype {proto_dtype} is unknown; send one of {sorted(PROTO_TO_DTYPE)}"
-        )
-    return dtype
-
-
-def _assignments(header: experts_pb2.DispatchRequest) -> Assignments:
-    expert_ids, rows_per_expert = tuple(header.expert_ids), tuple(header.rows_per_expert)
-    if len(expert_ids) != len(rows_per_expert) or not expert_ids:
-        raise MalformedFrameError(
-            f"{len(expert_ids)} expert_ids and {len(rows_per_expert)} rows_per_expert; "
-            "there must be as many of both, and at least one"
-        )
-    if not _ascends(expert_ids):
-        raise MalformedFrameError(f"expert_ids {expert_ids} must ascend strictly")
-    if 0 in rows_per_expert:
-        raise MalformedFrameError(f"rows_per_expert {rows_per_expert} must be 1 or more each")
-    num_assignments = sum(rows_per_expert)
-    rows = _values(header.token_rows, "token_rows", "<i4", num_assignments)
-    weights = _values(header.topk_weights, "topk_weights", "<f4", num_assignments)
-    _check_rows(rows, rows_per_expert, header.num_tokens)
-    if not _all_true(np.isfinite(weights)):
-        raise MalformedFrameError("topk_weights has NaN or infinity")
-    return Assignments(
-        expert_ids=expert_ids,
-        rows_per_expert=rows_per_expert,
-        token_rows=torch.from_numpy(rows.astype(np.int64)),
-        topk_weights=torch.from_numpy(weights.astype(np.float32)),
-    )
-
-
-def _values(data: bytes, name: str, dtype: str, count: int) -> NDArray[Any]:
-    if len(data) != 4 * count:
-        raise MalformedFrameError(
-            f"{name} has {len(data)} bytes; {count} assignments take {4 * count}"
-        )
-    return np.frombuffer(data, dtype=dtype)
-
-
-def _check_rows(rows: NDArray[np.int32], rows_per_expert: Sequence[int], num_tokens: int) -> None:
-    """Rows ascend strictly within an expert, so its first and last row bound the others."""
-    ascends = rows[1:] > rows[:-1]
-    start = 0
-    for count in rows_per_expert:
-        stop = start + count
-        first, last = int(rows[start]), int(rows[stop - 1])
-        if first < 0 or last >= num_tokens:
-            raise MalformedFrameError(
-                f"token_rows spans {first} to {last}; rows are 0 to {num_tokens - 1}"
-            )
-        ascends[start - 1 : start] = True  # the step from the expert before; none before the first
-        start = stop
-    if not _all_true(ascends):
-        raise MalformedFrameError("token_rows must ascend strictly within an expert")
-
-
-def _all_true(flags: NDArray[np.bool_]) -> bool:
-    """`flags.all()` at a third of its cost: frames of one token are mostly overhead."""
-    return bool(np.count_nonzero(flags) == flags.size)
-
-
-def _ascends(values: Sequence[int]) -> bool:
-    return all(low < high for low, high in itertools.pairwise(values))

@@ -19,6 +19,7 @@ from services.core.wire import (
     encode_request,
     encode_response,
 )
+from services.core.wire_dtype import dequantize_rows, quantize_rows
 from tests.support.checkpoints import fresh_seed
 from tests.support.frames import random_assignments
 
@@ -71,6 +72,58 @@ def test_a_request_comes_back_as_it_was_sent(
     assert frame.hidden_states.dtype == dtype
     assert torch.equal(frame.hidden_states, request["hidden_states"])
     assert_same_assignments(frame.assignments, request["assignments"])
+
+
+@pytest.mark.parametrize("num_experts", [3, 300])
+def test_our_request_is_what_protobuf_would_write(
+    generator: torch.Generator, num_experts: int
+) -> None:
+    ids = tuple(range(7, 7 + num_experts))
+    request = make_request(generator) | {
+        "assignments": random_assignments(generator, num_tokens=5, expert_ids=ids),
+        "answer_dtype": torch.bfloat16,
+    }
+    frame = encode_request(**request)
+    message = experts_pb2.DispatchRequest.FromString(frame)
+    assert tuple(message.expert_ids) == ids
+    assert tuple(message.rows_per_expert) == request["assignments"].rows_per_expert
+    # The same fields, whatever their order.
+    assert len(message.SerializeToString()) == len(frame)
+    assert message.answer_dtype == experts_pb2.DTYPE_BFLOAT16
+    decoded = decode_request(frame, max_frame_bytes=MAX_BYTES)
+    assert decoded.answer_dtype == torch.bfloat16
+    assert_same_assignments(decoded.assignments, request["assignments"])
+
+
+def test_rows_in_int8_come_back_with_their_scales(generator: torch.Generator) -> None:
+    rows = torch.randn(5, 40, generator=generator).bfloat16()
+    quantized, scales = quantize_rows(rows)
+    request = make_request(generator) | {"hidden_states": quantized, "scales": scales}
+    frame = decode_request(encode_request(**request), max_frame_bytes=MAX_BYTES)
+    assert frame.scales is not None
+    assert torch.equal(frame.scales, scales)
+    expected = dequantize_rows(quantized, scales, torch.bfloat16)
+    assert torch.equal(frame.rows(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize(
+    ("scales", "named"),
+    [
+        (b"", "scales has 0 bytes; 2 tokens take 8"),
+        (np.array([1, np.nan], dtype="<f4").tobytes(), "NaN"),
+        (np.array([1, -1], dtype="<f4").tobytes(), "negative"),
+    ],
+)
+def test_rows_in_int8_need_a_sound_scale_each(scales: bytes, named: str) -> None:
+    message = stock_request(dtype=experts_pb2.DTYPE_INT8, hidden_states=b"123456", scales=scales)
+    with pytest.raises(MalformedFrameError, match=named):
+        decode_request(message.SerializeToString(), max_frame_bytes=MAX_BYTES)
+
+
+def test_scales_without_int8_are_refused() -> None:
+    message = stock_request(scales=b"1234567\0")
+    with pytest.raises(MalformedFrameError, match="INT8 only"):
+        decode_request(message.SerializeToString(), max_frame_bytes=MAX_BYTES)
 
 
 def test_a_stock_parser_reads_our_request(generator: torch.Generator) -> None:

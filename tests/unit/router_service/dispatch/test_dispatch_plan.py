@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -42,19 +42,23 @@ def experts_of(generator: torch.Generator, dtype: torch.dtype) -> dict[int, Pack
 
 
 def answer(
-    experts: dict[int, PackedExpert],
-    gated: GatedTokens,
-    sent: Iterable[tuple[PlannedFrame, Tensor]],
+    experts: dict[int, PackedExpert], gated: GatedTokens, frame: PlannedFrame, rows: Tensor
+) -> tuple[PlannedFrame, Tensor]:
+    """What a worker would send back for a frame with its rows."""
+    return frame, moe_forward(experts, rows, frame.assignments, combine=gated.combine)
+
+
+def answers(
+    experts: dict[int, PackedExpert], gated: GatedTokens, plan: DispatchPlan, hidden_states: Tensor
 ) -> list[tuple[PlannedFrame, Tensor]]:
-    """What workers would send back for frames with their rows."""
-    return [
-        (frame, moe_forward(experts, rows, frame.assignments, combine=gated.combine))
-        for frame, rows in sent
-    ]
+    numbers = hidden_states.view(torch.uint8).numpy()
+    selected = [torch.from_numpy(rows).view(hidden_states.dtype) for rows in plan.select(numbers)]
+    return [answer(experts, gated, *item) for item in zip(plan.frames, selected, strict=True)]
 
 
-def with_rows(plan: DispatchPlan, hidden_states: Tensor) -> list[tuple[PlannedFrame, Tensor]]:
-    return list(zip(plan.frames, plan.select(hidden_states), strict=True))
+def combined(gated: GatedTokens, answered: Sequence[tuple[PlannedFrame, Tensor]]) -> Tensor:
+    frames, rows = zip(*answered, strict=True)
+    return combine_frames(gated, frames, torch.cat(rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,12 +75,10 @@ async def test_the_sum_has_the_same_bits_whoever_computes_which_expert(
         gated = group_by_expert(ids, weights, E)
         for num_workers in range(1, 9):
             workers = random_workers_of_experts(generator, num_experts=E, num_workers=num_workers)
-            answers = answer(
-                experts, gated, with_rows(plan_dispatch(gated, workers), hidden_states)
-            )
-            order = torch.randperm(len(answers), generator=generator).tolist()
-            combined = combine_frames(gated, [answers[index] for index in order])
-            assert torch.equal(combined.view(torch.uint8), expected.view(torch.uint8))
+            answered = answers(experts, gated, plan_dispatch(gated, workers), hidden_states)
+            order = torch.randperm(len(answered), generator=generator).tolist()
+            output = combined(gated, [answered[index] for index in order])
+            assert torch.equal(output.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -94,10 +96,11 @@ async def test_frames_of_a_first_try_and_of_a_resend_add_up_to_the_same_bits(
     failed = workers == 1
     first = plan_dispatch(gated, np.where(failed, -1, workers))
     again = plan_dispatch(gated, np.where(failed, np.arange(E) % 2, -1))
-    answers = answer(
-        experts, gated, with_rows(first, hidden_states) + with_rows(again, hidden_states)
-    )
-    assert torch.equal(combine_frames(gated, answers), expected)
+    answered = [
+        *answers(experts, gated, first, hidden_states),
+        *answers(experts, gated, again, hidden_states),
+    ]
+    assert torch.equal(combined(gated, answered), expected)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -112,11 +115,14 @@ async def test_a_frame_split_by_tokens_gives_the_whole_result(
         0, hidden_states, ids, weights, StepContext()
     )
     workers = random_workers_of_experts(generator, num_experts=E, num_workers=2)
-    frames = with_rows(plan_dispatch(gated, workers), hidden_states)
-    pieces = [piece for frame, rows in frames for piece in split_frame(frame, rows, 3)]
-    assert max(len(rows) for _, rows in pieces) <= 3
-    combined = combine_frames(gated, answer(experts, gated, pieces))
-    torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-6)
+    frames = plan_dispatch(gated, workers).frames
+    pieces = [piece for frame in frames for piece in split_frame(frame, 3)]
+    assert max(len(piece.token_ids) for piece in pieces) <= 3
+    answered = [
+        answer(experts, gated, piece, hidden_states[torch.from_numpy(piece.token_ids)])
+        for piece in pieces
+    ]
+    torch.testing.assert_close(combined(gated, answered), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 16])
@@ -159,8 +165,8 @@ def test_experts_without_a_worker_are_left_out() -> None:
     assert frame.worker == 7
     assert frame.assignments.expert_ids == (1,)
     nothing = plan_dispatch(gated, np.full(4, -1))
-    assert nothing.frames == ()
-    assert list(nothing.select(torch.randn(2, H))) == []
+    assert list(nothing.frames) == []
+    assert list(nothing.select(np.zeros((2, H)))) == []
 
 
 def test_negative_zero_comes_out_as_positive_zero_however_it_is_summed() -> None:
@@ -169,12 +175,12 @@ def test_negative_zero_comes_out_as_positive_zero_however_it_is_summed() -> None
     two = group_by_expert(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), 3)
     frames = plan_dispatch(two, np.array([0, 1, 1])).frames
     rows = [torch.full((len(f.assignments.token_rows), H), -0.0) for f in frames]
-    combined = combine_frames(two, list(zip(frames, rows, strict=True)))
-    assert not torch.signbit(combined).any()
+    output = combined(two, list(zip(frames, rows, strict=True)))
+    assert not torch.signbit(output).any()
     # A worker's own sum starts from zeros, so its answer has no negative zero to pass on.
     negative = torch.full((1, H), -0.0)
     zeros = torch.zeros(1, H).index_add_(0, frame.assignments.token_rows, negative)
-    assert not torch.signbit(combine_frames(gated, [(frame, zeros)])).any()
+    assert not torch.signbit(combine_frames(gated, [frame], zeros)).any()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

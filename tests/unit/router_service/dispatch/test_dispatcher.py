@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from protos import experts_pb2
+from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import StepContext
@@ -25,6 +27,7 @@ from services.core.errors import ExpertUnavailableError, MalformedFrameError, Un
 from services.core.memory_registry import MemoryRegistry
 from services.core.placement import plan_placement
 from services.core.registry import FleetSnapshot
+from services.core.settings import WireDTypeName
 from services.core.telemetry import (
     ATTR_COMPUTE_MS,
     ATTR_LAYER,
@@ -40,6 +43,7 @@ from services.core.telemetry import (
     SPAN_LAYER,
 )
 from services.core.tracing import span_carrier
+from services.core.wire_dtype import WireFormat
 from tests.support.eventually import eventually
 from tests.support.fake_workers import FakeTransport, FakeWorker, Fault, random_model, tiny_config
 from tests.support.moe_layers import random_gate
@@ -126,6 +130,49 @@ async def test_the_answer_has_the_bits_of_the_same_call_in_process(
         for layer in (0, 1):
             for num_tokens in (1, 2, 30):
                 await check_call(experts, workers[0], layer=layer, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("wire_dtype", "dtype"),
+    [("int8", torch.bfloat16), ("int8", torch.float32), ("bfloat16", torch.float32)],
+)
+async def test_a_narrow_wire_rounds_as_in_process_for_any_number_of_workers_and_batch(
+    wire_dtype: WireDTypeName, dtype: torch.dtype, top_k: int
+) -> None:
+    hidden_states, ids, weights = random_call(make_workers(1, top_k=top_k, dtype=dtype)[0], 17)
+    wire_format = WireFormat.of(wire_dtype, dtype)
+    for num_workers in (1, 2, 4):
+        workers = make_workers(num_workers, top_k=top_k, dtype=dtype)
+        local = LocalExperts(workers[0].model, {}, wire_format=wire_format)
+        expected = await local.forward(1, hidden_states, ids, weights, CONTEXT)
+        exact = await LocalExperts(workers[0].model, {}).forward(
+            1, hidden_states, ids, weights, CONTEXT
+        )
+        assert not torch.equal(expected, exact)
+        assert (expected - exact).norm() < 0.05 * exact.norm()
+        async with remote(workers, wire_dtype=wire_dtype, max_frame_bytes=1 << 13) as experts:
+            output = await experts.forward(1, hidden_states, ids, weights, CONTEXT)
+            assert torch.equal(output, expected)
+            assert output.dtype == dtype
+
+
+async def test_the_parts_of_a_calls_time_add_up_to_its_whole() -> None:
+    workers = make_workers(2)
+    async with remote(workers) as experts:
+        await check_call(experts, workers[0])
+        assert experts.take_timings().num_calls == 1
+        started_ns = time.perf_counter_ns()
+        for _ in range(3):
+            await experts.forward(0, *random_call(workers[0]), CONTEXT)
+        elapsed_ns = time.perf_counter_ns() - started_ns
+        timings = experts.take_timings()
+        parts = dataclasses.asdict(timings)
+        assert parts.pop("num_calls") == 3
+        assert all(part >= 0 for part in parts.values())
+        assert min(timings.pack_ns, timings.wire_ns, timings.combine_ns) > 0
+        assert sum(parts.values()) <= elapsed_ns
+        assert experts.take_timings() == DispatchTimings()
 
 
 @pytest.mark.parametrize("fault", ["break", "draining", "internal", "unknown", "short"])
