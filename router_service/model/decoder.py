@@ -20,14 +20,18 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from router_service.experts import ExpertBackend, StepContext
-from router_service.model.attention import AttentionPlan
+from router_service.model.attention import AttentionPlan, plan_attention
 from router_service.model.batch import ForwardBatch
 from router_service.model.gate import TopKGate
 from router_service.model.kv_cache import KVCache
-from router_service.model.rotary import RotaryTable, Rotation
+from router_service.model.norm import RMSNorm
+from router_service.model.rotary import RotaryTable
 from services.core.expert_ffn import FfnWeights, PackedExpert
 from services.core.model_config import ModelConfig
 from services.core.packed_linear import PackedLinear
+from services.core.quantization.formats import WeightsSetting, chosen_format
+from services.core.quantization.quantized_rows import JoinedRows, stored_format
+from services.core.row_source import RowSource
 
 
 class DecoderWeights(Protocol):
@@ -36,6 +40,7 @@ class DecoderWeights(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+    def rows_of(self, name: str, shape: tuple[int, int]) -> RowSource: ...
     def dense_mlp(self, layer: int) -> FfnWeights: ...
 
 
@@ -62,21 +67,30 @@ class MixtralDecoder:
 
     @classmethod
     def load(
-        cls, checkpoint: DecoderWeights, *, dtype: torch.dtype, device: torch.device
+        cls,
+        checkpoint: DecoderWeights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard_weights: WeightsSetting = "auto",
     ) -> MixtralDecoder:
-        """Read all tensors but the experts' (of a dense model also its FFNs)."""
-        loader = _Loader(checkpoint, dtype, device)
+        """Read all tensors but the experts' (of a dense model also its FFNs).
+
+        `shard_weights` says what all matrices but embedding and gate are held as; auto: as they
+        are stored.
+        """
+        loader = _Loader(checkpoint, dtype, device, shard_weights)
         config = checkpoint.config
         vocab_shape = (config.vocab_size, config.hidden_size)
         embedding = loader.tensor("model.embed_tokens.weight", *vocab_shape)
         tied = config.tie_word_embeddings
-        head = embedding if tied else loader.tensor("lm_head.weight", *vocab_shape)
+        head = embedding if tied else checkpoint.rows_of("lm_head.weight", vocab_shape)
         return cls(
             config=config,
             embedding=embedding,
             layers=[loader.layer(index) for index in range(config.num_hidden_layers)],
             norm=loader.norm("model.norm.weight"),
-            lm_head=PackedLinear(head, dtype=dtype, device=device),
+            lm_head=loader.linear(head, out_dtype=torch.float32),
         )
 
     async def forward(
@@ -86,20 +100,27 @@ class MixtralDecoder:
 
         Awaits nothing but `experts`. Raises what `experts` raises. Non-finite values pass through.
         """
-        window = self.config.sliding_window
-        plan = AttentionPlan.build(batch, kv_cache, sliding_window=window, dtype=self.dtype)
-        rotation = self._rotary.rotation(batch.positions, longest=max(batch.context_lens))
-
+        plan = plan_attention(
+            batch,
+            kv_cache,
+            num_heads=self.config.num_attention_heads,
+            sliding_window=self.config.sliding_window,
+            rotation=self._rotary.rotation(max(batch.context_lens)),
+        )
         x = F.embedding(batch.token_ids, self._embedding)
+        update: Tensor | None = None  # is added to x by the norm that comes next
         for index, layer in enumerate(self._layers):
-            x = x + layer.attention(index, layer.input_norm(x), rotation, plan, kv_cache)
-            h = layer.post_attention_norm(x)
+            h = layer.input_norm(x, update)
+            h = layer.post_attention_norm(x, layer.attention(index, h, plan, kv_cache))
             if isinstance(layer.feed_forward, TopKGate):
                 topk_ids, topk_weights = layer.feed_forward(h)
-                x = x + await experts.forward(index, h, topk_ids, topk_weights, context)
+                update = await experts.forward(index, h, topk_ids, topk_weights, context)
             else:
-                x = x + layer.feed_forward.forward(h)
-        return self._lm_head(self._norm(x.index_select(0, batch.sample_rows))).float()
+                update = layer.feed_forward.forward(h)
+        assert update is not None
+        rows = batch.sample_rows
+        h = self._norm(x.index_select(0, rows), update.index_select(0, rows))
+        return self._lm_head(h)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,44 +134,28 @@ class DecoderLayer:
 class SelfAttention:
     """Grouped-query attention (Ainslie et al. 2023): qkv_proj is q, k and v stacked by rows."""
 
-    def __init__(self, qkv_proj: PackedLinear, o_proj: PackedLinear, config: ModelConfig) -> None:
+    def __init__(self, qkv_proj: PackedLinear, o_proj: PackedLinear) -> None:
         self._qkv_proj = qkv_proj
         self._o_proj = o_proj
-        self._num_heads = config.num_attention_heads
-        self._num_kv_heads = config.num_key_value_heads
-        self._head_dim = config.head_dim
 
-    def __call__(
-        self, layer: int, x: Tensor, rotation: Rotation, plan: AttentionPlan, kv_cache: KVCache
-    ) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, plan: AttentionPlan, kv_cache: KVCache) -> Tensor:
         """[T, H] -> [T, H]."""
-        qkv = self._qkv_proj(x).view(len(x), -1, self._head_dim)
-        qk, values = qkv.tensor_split([self._num_heads + self._num_kv_heads], dim=1)
-        queries, keys = rotation.apply(qk).tensor_split([self._num_heads], dim=1)
-        output = plan.attend(layer, queries, keys, values, kv_cache)
-        return self._o_proj(output.view(len(x), -1))
-
-
-class RMSNorm:
-    """x / rms(x) * weight (Zhang and Sennrich 2019); float32 inside, rounded before the weight."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
-        self._eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self._eps)
-        return normed.to(x.dtype) * self._weight
+        return self._o_proj(plan.attend(layer, self._qkv_proj(x), kv_cache))
 
 
 class _Loader:
     def __init__(
-        self, checkpoint: DecoderWeights, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: DecoderWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard_weights: WeightsSetting,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
         self._device = device
+        self._shard_weights: WeightsSetting = shard_weights
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
@@ -172,18 +177,25 @@ class _Loader:
         hidden_size = config.hidden_size
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        qkv = torch.cat(
+        rows_of = self._checkpoint.rows_of
+        qkv = JoinedRows(
             [
-                self.tensor(f"{prefix}.q_proj.weight", q_size, hidden_size),
-                self.tensor(f"{prefix}.k_proj.weight", kv_size, hidden_size),
-                self.tensor(f"{prefix}.v_proj.weight", kv_size, hidden_size),
+                rows_of(f"{prefix}.q_proj.weight", (q_size, hidden_size)),
+                rows_of(f"{prefix}.k_proj.weight", (kv_size, hidden_size)),
+                rows_of(f"{prefix}.v_proj.weight", (kv_size, hidden_size)),
             ]
         )
-        output = self.tensor(f"{prefix}.o_proj.weight", hidden_size, q_size)
-        return SelfAttention(self._linear(qkv), self._linear(output), config)
+        output = rows_of(f"{prefix}.o_proj.weight", (hidden_size, q_size))
+        return SelfAttention(self.linear(qkv), self.linear(output))
 
-    def _linear(self, weight: Tensor) -> PackedLinear:
-        return PackedLinear(weight, dtype=self._dtype, device=self._device)
+    def linear(self, weight: RowSource, out_dtype: torch.dtype | None = None) -> PackedLinear:
+        return PackedLinear(
+            weight,
+            dtype=self._dtype,
+            device=self._device,
+            out_dtype=out_dtype,
+            weight_format=chosen_format(self._shard_weights, stored_format(weight)),
+        )
 
     def _gate(self, prefix: str) -> TopKGate:
         name = f"{prefix}.block_sparse_moe.gate.weight"
@@ -191,9 +203,11 @@ class _Loader:
         return TopKGate(weight, num_experts_per_tok=self._config.num_experts_per_tok)
 
     def _dense_mlp(self, index: int) -> PackedExpert:
+        weights = self._checkpoint.dense_mlp(index)
         return PackedExpert(
-            self._checkpoint.dense_mlp(index),
+            weights,
             dtype=self._dtype,
             device=self._device,
             hidden_act=self._config.hidden_act,
+            quantized=chosen_format(self._shard_weights, stored_format(weights.w1)),
         )

@@ -13,7 +13,7 @@ class KVCache:
     """Keys and values of all layers: [layers, 2, num_blocks, block_size, kv_heads, head_dim].
 
     A slot is one token's place, block_id * block_size + offset. Which sequence owns a block is
-    the block manager's business; readers gather only slots that their own sequence has written,
+    the block manager's business; readers touch only slots that their own sequence has written,
     so what an earlier owner left in a block (even NaN) reaches nobody.
     """
 
@@ -59,6 +59,10 @@ class KVCache:
         """Store keys and values [T, kv_heads, head_dim] at slots int64 [T]."""
         self._key_slots[layer].index_copy_(0, slot_mapping, keys)
         self._value_slots[layer].index_copy_(0, slot_mapping, values)
+
+    def by_slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer where they lie, each [slots, kv_heads, head_dim]."""
+        return self._key_slots[layer], self._value_slots[layer]
 
     def head_rows(self, slots: Tensor) -> Tensor:
         """Indices for `gather`: int64 [B, L] slots -> [B * kv_heads * L], heads before tokens."""

@@ -12,14 +12,16 @@ from services.core.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """The rotation of T tokens: cos and sin [T, 1, head_dim]; sin's first half is negated."""
+    """cos and sin [positions, head_dim] of positions from 0 on; sin's first half is negated."""
 
     cos: Tensor
     sin: Tensor
 
-    def apply(self, heads: Tensor) -> Tensor:
-        """Rotate [T, heads, head_dim]: pairs are (x[i], x[i + head_dim / 2])."""
-        return heads * self.cos + heads.roll(heads.shape[-1] // 2, -1) * self.sin
+    def apply(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rotate [T, heads, head_dim] at int64 [T]: pairs are (x[i], x[i + head_dim / 2])."""
+        cos = self.cos.index_select(0, positions)[:, None]
+        sin = self.sin.index_select(0, positions)[:, None]
+        return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
 
 
 class RotaryTable:
@@ -35,17 +37,15 @@ class RotaryTable:
         self._device = device
         self._cos, self._sin = self._compute(256)
 
-    def rotation(self, positions: Tensor, *, longest: int) -> Rotation:
-        """The rotation at `positions` int64 [T], all below `longest`."""
+    def rotation(self, longest: int) -> Rotation:
+        """The rotation of positions below `longest`, at least."""
         if longest > len(self._cos):
             self._cos, self._sin = self._compute(max(longest, 2 * len(self._cos)))
-        return Rotation(
-            cos=self._cos.index_select(0, positions), sin=self._sin.index_select(0, positions)
-        )
+        return Rotation(cos=self._cos, sin=self._sin)
 
     def _compute(self, num_positions: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(num_positions, dtype=torch.float32)
-        angles = positions[:, None, None] * self._inverse_frequencies
+        angles = positions[:, None] * self._inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
         return (
             torch.cat((cos, cos), -1).to(self._device, self._dtype),

@@ -193,6 +193,9 @@ class Recorder:
         self.names.append(name)
         return torch.randn(shape)
 
+    def rows_of(self, name: str, shape: tuple[int, int]) -> Tensor:
+        return self.tensor(name, shape)
+
     def dense_mlp(self, layer: int) -> ExpertWeights:
         raise AssertionError("a MoE model has no dense FFN")
 
