@@ -15,13 +15,12 @@ def ray_environment(ray_dir: Path, *, token: str) -> Mapping[str, str]:
     return {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        # Serve's own proxy: with direct ingress the replicas would listen on ports of their own.
+        # The gateway's replica listens itself (docs/adr/0004).
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
         # Ray starts workers at niceness 15 otherwise.
         "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
-        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_TMPDIR": str(ray_dir),

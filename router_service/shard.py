@@ -23,14 +23,18 @@ from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.engine.engine import Engine
 from router_service.engine.engine_stats import EngineMetrics, EngineStats
+from router_service.engine.step_timings import StepTimings
 from router_service.loop_thread import LoopThread
 from router_service.model.decoder import MixtralDecoder
 from router_service.model.kv_cache import KVCache
+from router_service.model.reproducibility import resolve_reproducible
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.step_plan import SchedulerConfig
 from router_service.session_tier.session_tier import SessionTier
 from services.core.checkpoints.checkpoint import Checkpoint
+from services.core.expert_ffn import computed_digest
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
+from services.core.kernels.choice import set_num_threads
 from services.core.lease import Lease
 from services.core.memory_registry import MemoryRegistry
 from services.core.metrics import MetricsServer, new_registry
@@ -97,9 +101,10 @@ class AttentionShard:
         )
         checkpoint, config, dtype = model.checkpoint, model.config, model.decoder.dtype
         experts = model.experts
-        fingerprint = model_fingerprint(
-            config, checkpoint.non_expert_digest(), experts.slot_digests()
-        )
+        non_expert_digest = checkpoint.non_expert_digest()
+        if settings.shard_weights != "auto":
+            non_expert_digest = computed_digest(non_expert_digest, settings.shard_weights)
+        fingerprint = model_fingerprint(config, non_expert_digest, experts.slot_digests())
         sessions = _session_tier(settings, config, dtype, fingerprint)
         engine = Engine(
             config=config,
@@ -117,7 +122,8 @@ class AttentionShard:
             sampler=Sampler(),
             model_fingerprint=fingerprint,
             device=model.decoder.device,
-            num_micro_batches=settings.num_micro_batches,
+            # With the experts in process there is nothing to wait for, hence nothing to overlap.
+            num_micro_batches=1 if model.has_local_experts else settings.num_micro_batches,
             num_threads=settings.num_threads,
             session_tier=sessions,
             tracer=tracing.tracer,
@@ -181,6 +187,10 @@ class AttentionShard:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def take_timings(self) -> StepTimings:
+        """Where the engine's time went since the last call."""
+        return self._engine.take_timings()
+
     def _start_lease(self) -> None:
         self._lease_thread.start()
         self._lease_thread.run_blocking(self._lease.start())
@@ -218,29 +228,43 @@ class _Model:
     kv_cache: KVCache
     experts: LocalExperts | RemoteExperts
 
+    @property
+    def has_local_experts(self) -> bool:
+        return isinstance(self.experts, LocalExperts)
+
 
 async def _load_model(
     settings: Settings, in_process_experts: bool, tracer: Tracer, metrics: CollectorRegistry
 ) -> _Model:
     """Everything that holds tensors, and the experts once every slot has a replica."""
     if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+        set_num_threads(settings.num_threads)
     checkpoint = Checkpoint.open(settings.model)
     config = checkpoint.config
     device = resolve_device(settings.device)
     dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
+    resolve_reproducible(settings.reproducible, config, dtype=dtype, device=device)
     checkpoint.require(non_expert=True)
-    decoder = MixtralDecoder.load(checkpoint, dtype=dtype, device=device)
+    decoder = MixtralDecoder.load(
+        checkpoint, dtype=dtype, device=device, shard_weights=settings.shard_weights
+    )
     experts: LocalExperts | RemoteExperts
     if in_process_experts or not config.is_moe:
         experts = LocalExperts.load(
-            checkpoint, dtype=dtype, device=device, tracer=tracer, metrics=metrics
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            wire_dtype=settings.wire_dtype,
+            expert_weights=settings.expert_weights,
+            tracer=tracer,
+            metrics=metrics,
         )
     else:
         experts = RemoteExperts(
             config,
             registry=_registry(settings),
             dtype=dtype,
+            wire_dtype=settings.wire_dtype,
             expert_wait_s=settings.expert_wait_s,
             call_timeout_s=settings.call_timeout_s,
             max_frame_bytes=settings.max_frame_bytes,

@@ -70,8 +70,10 @@ def split_micro_batches(
 ) -> list[list[ScheduledSequence]]:
     """Disjoint groups of about equal numbers of tokens; none is empty, so there may be fewer.
 
-    The largest chunk goes to the emptiest group, and so on down. Within a group the order of the
-    step is kept.
+    The largest chunk goes to the emptiest group, and so on down, so that a long prefill chunk is
+    alone and decodes are together. The groups with the least prefill come first: their frames are
+    on the way before the long attention of the others begins. Within a group the order of the step
+    is kept.
     """
     count = min(num_micro_batches, len(entries))
     if count <= 1:
@@ -85,4 +87,9 @@ def split_micro_batches(
     groups: list[list[ScheduledSequence]] = [[] for _ in range(count)]
     for position, entry in enumerate(entries):
         groups[group_of[position]].append(entry)
+    groups.sort(key=_num_prefill_tokens)
     return groups
+
+
+def _num_prefill_tokens(entries: Sequence[ScheduledSequence]) -> int:
+    return sum(entry.num_tokens for entry in entries if entry.is_prefill)

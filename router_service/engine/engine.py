@@ -13,19 +13,22 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opentelemetry.trace import NoOpTracer, Tracer
 
+from router_service.engine.deferred_emission import DeferredEmission
 from router_service.engine.engine_stats import EngineMetrics, EngineStats
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.request_tracker import ActiveRequest, RequestTracker
 from router_service.engine.request_validation import validate_request
 from router_service.engine.step_runner import Decoder, MicroBatchOutcome, StepRunner, TokenSampler
 from router_service.engine.step_telemetry import StepSampler, step_carrier
+from router_service.engine.step_timings import StepTimings
 from router_service.experts import ExpertBackend
 from router_service.loop_thread import LoopThread
 from router_service.scheduling.scheduler import Scheduler
@@ -33,8 +36,10 @@ from router_service.scheduling.step_plan import ScheduledStep, SchedulerConfig
 from router_service.session_tier.block_transfer import BlockStorage, BlockTransfer
 from router_service.session_tier.session_tier import RestoreRequest, RestoreResult, SessionTier
 from router_service.session_tier.session_writer import SessionWriter
+from services.core import telemetry
 from services.core.errors import DrainingError, ExpertfleetError, UnavailableError
 from services.core.generation import GenerateRequest, GenerationDelta
+from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
 
 T = TypeVar("T")
@@ -68,7 +73,7 @@ class Engine:
         sampler: TokenSampler,
         model_fingerprint: bytes,
         device: torch.device | str = "cpu",
-        num_micro_batches: int = 1,
+        num_micro_batches: int | Literal["auto"] = 1,
         num_threads: int | None = None,
         session_tier: SessionTier | None = None,
         tracer: Tracer | None = None,
@@ -110,7 +115,11 @@ class Engine:
             transfer=transfer,
         )
         self._step_sampler = StepSampler(tracer, interval=step_sample_interval)
+        self._emission = DeferredEmission(self._emit)
         self._num_steps = 0
+        self._num_micro_batches = 0
+        self._timings = StepTimings()
+        self._taken_timings = StepTimings()
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -204,13 +213,20 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             expert_load=self._experts.expert_load(),
             sessions=self._tier.stats() if self._tier is not None else None,
+            num_micro_batches=self._num_micro_batches,
+            timings=replace(self._timings),
         )
+
+    def take_timings(self) -> StepTimings:
+        """Where the time went since the last call. From any one thread."""
+        earlier, self._taken_timings = self._taken_timings, replace(self._timings)
+        return self._taken_timings.since(earlier)
 
     # Everything below runs on the engine's thread.
 
     def _begin(self) -> None:
         if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
+            set_num_threads(self._num_threads)
         self._serving = self._thread.loop.create_task(self._serve())
 
     def _submit(self, request: GenerateRequest, stream: OutputStream) -> None:
@@ -267,33 +283,54 @@ class Engine:
 
     async def _step(self) -> bool:
         """One step, and False when there was nothing to do."""
+        start = time.perf_counter()
         if self._tracker.is_empty:
             self._drained.set()
         plan = self._scheduler.schedule()
         self._tracker.admitted(plan.admitted)
-        if plan.entries:
-            await self._compute(plan)
+        if not plan.entries:
+            self._emit()
+            return False
+        schedule_s = time.perf_counter() - start
+        timings = await self._compute(plan)
+        timings.schedule_s = schedule_s
+        ended = time.perf_counter()
+        timings.step_s = ended - start
+        self._timings.add(timings)
+        self._emission.end_step()
+        emission_s = time.perf_counter() - ended
+        self._timings.emit_s += emission_s
+        self._timings.step_s += emission_s
+        return True
+
+    def _emit(self) -> None:
+        """Wake the callers for whom there is something."""
         for orphan in self._hub.flush():
             self._tracker.abort(orphan)
-        return bool(plan.entries)
 
-    async def _compute(self, plan: ScheduledStep) -> None:
+    async def _compute(self, plan: ScheduledStep) -> StepTimings:
         step = self._num_steps
         span = self._step_sampler.begin(step, plan.entries, self._tracker.trace_of)
-        start = time.perf_counter()
         try:
-            outcomes = await self._runner.run(step, plan.entries, step_carrier(span))
+            timings = await self._runner.run(
+                step,
+                plan.entries,
+                step_carrier(span),
+                apply=self._apply,
+                on_dispatch=self._emission.dispatching,
+            )
+            if span is not None:
+                span.set_attribute(telemetry.ATTR_NUM_MICRO_BATCHES, timings.num_micro_batches)
         finally:
             if span is not None:
                 span.end()
-        for outcome in outcomes:
-            self._apply(outcome)
-        seconds = time.perf_counter() - start
         self._num_steps += 1
+        self._num_micro_batches = timings.num_micro_batches
         if self._metrics is not None:
-            self._metrics.observe_step(seconds)
+            self._metrics.observe_step(timings.step_s)
         if self._tier is not None:
-            self._observe_prefill(self._tier, plan, seconds)
+            self._observe_prefill(self._tier, plan, timings.step_s)
+        return timings
 
     def _apply(self, outcome: MicroBatchOutcome) -> None:
         try:

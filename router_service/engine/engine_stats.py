@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router_service.engine.step_timings import StepTimings
 from router_service.session_tier.session_tier import SessionTierStats
 from services.core import telemetry
 from services.core.metrics import TOKEN_BUCKETS_S
@@ -22,7 +23,8 @@ class EngineStats:
 
     `waiting_tokens` are prompt tokens not yet admitted. `num_cached_tokens` counts prompt tokens
     whose KV was not recomputed, `num_restored_tokens` those among them that came from the session
-    store. `expert_load` is int64 [layers, experts], assignments since start.
+    store. `expert_load` is int64 [layers, experts], assignments since start. `num_micro_batches`
+    is how many the last step was split into, `timings` where the time of all steps went.
     """
 
     num_running: int
@@ -39,6 +41,8 @@ class EngineStats:
     num_preemptions: int
     expert_load: NDArray[np.int64]
     sessions: SessionTierStats | None = None
+    num_micro_batches: int = 0
+    timings: StepTimings = field(default_factory=StepTimings)
 
 
 class EngineMetrics(Collector):
@@ -77,6 +81,7 @@ class EngineMetrics(Collector):
             (telemetry.METRIC_WAITING_TOKENS, "Prompt tokens that wait", stats.waiting_tokens),
             (telemetry.METRIC_KV_USED, "KV blocks that sequences hold", stats.kv_blocks_used),
             (telemetry.METRIC_KV_TOTAL, "KV blocks of the cache", stats.kv_blocks_total),
+            (telemetry.METRIC_MICRO_BATCHES, "Parts of the last step", stats.num_micro_batches),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         for name, text, value in (
@@ -88,8 +93,20 @@ class EngineMetrics(Collector):
             (telemetry.METRIC_PREEMPTIONS, "Sequences evicted", stats.num_preemptions),
         ):
             yield CounterMetricFamily(name.removesuffix("_total"), text, value=value)
+        yield _part_family(stats.timings)
         if stats.sessions is not None:
             yield from _session_families(stats.sessions)
+
+
+def _part_family(timings: StepTimings) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        telemetry.METRIC_STEP_PARTS.removesuffix("_total"),
+        "Seconds that the parts of all steps took",
+        labels=["part"],
+    )
+    for part, seconds in timings.parts().items():
+        family.add_metric([part], seconds)
+    return family
 
 
 def _session_families(stats: SessionTierStats) -> Iterator[Metric]:

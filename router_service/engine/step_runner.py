@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from router_service.engine.batch_builder import build_batch, split_micro_batches
+from router_service.engine.micro_batch_chooser import MicroBatchChooser, StepCost, StepShape
+from router_service.engine.step_timings import StepTimings, TimedExperts, TimesItsCalls
 from router_service.experts import ExpertBackend, StepContext
 from router_service.model.batch import ForwardBatch
 from router_service.sampling.sampler import SampledToken, SamplingRow
@@ -48,7 +51,12 @@ class MicroBatchOutcome:
 
 
 class StepRunner:
-    """Runs the entries of a step. Nothing an entry does can disturb another micro-batch."""
+    """Runs the entries of a step. Nothing an entry does can disturb another micro-batch.
+
+    `num_micro_batches` is at most so many per step, or "auto": as many as was measured to be
+    fastest. In bf16 rounding may depend on it, as on everything else that changes a batch, unless
+    rows are computed independently of their neighbours.
+    """
 
     def __init__(
         self,
@@ -59,7 +67,7 @@ class StepRunner:
         sampler: TokenSampler,
         block_size: int,
         device: torch.device,
-        num_micro_batches: int,
+        num_micro_batches: int | Literal["auto"],
         eos_token_ids: tuple[int, ...],
         transfer: BlockTransfer | None,
     ) -> None:
@@ -70,28 +78,71 @@ class StepRunner:
         self._block_size = block_size
         self._device = device
         self._num_micro_batches = num_micro_batches
+        self._chooser = MicroBatchChooser()
+        self._call_timer = experts if isinstance(experts, TimesItsCalls) else None
         self._eos_token_ids = eos_token_ids
         self._transfer = transfer
 
     async def run(
-        self, step: int, entries: Sequence[ScheduledSequence], trace_context: Mapping[str, str]
-    ) -> list[MicroBatchOutcome]:
-        """Compute every entry. Raises only when this task is cancelled."""
-        groups = split_micro_batches(entries, self._num_micro_batches)
+        self,
+        step: int,
+        entries: Sequence[ScheduledSequence],
+        trace_context: Mapping[str, str],
+        *,
+        apply: Callable[[MicroBatchOutcome], None],
+        on_dispatch: Callable[[], None],
+    ) -> StepTimings:
+        """Compute every entry. Raises only when this task is cancelled.
+
+        `apply` gets a micro-batch's outcome as soon as it is there, while others still wait;
+        `on_dispatch` is called whenever rows are about to be handed to the experts.
+        """
+        start = time.perf_counter()
+        shape = _shape(entries)
+        groups = split_micro_batches(entries, self._choose(shape))
+        timings = StepTimings(
+            num_steps=1, num_micro_batches=len(groups), num_tokens=shape.num_tokens
+        )
+        run = _StepRun(timings=timings, apply=apply, on_dispatch=on_dispatch)
         contexts = [
             StepContext(step=step, micro_batch=index, trace_context=trace_context)
             for index in range(len(groups))
         ]
         if len(groups) == 1:
-            return [await self._run_group(groups[0], contexts[0])]
-        pairs = zip(groups, contexts, strict=True)
-        return await asyncio.gather(*(self._run_group(group, context) for group, context in pairs))
+            is_whole = await self._run_group(groups[0], contexts[0], run)
+        else:
+            pairs = zip(groups, contexts, strict=True)
+            done = await asyncio.gather(*(self._run_group(*pair, run) for pair in pairs))
+            is_whole = all(done)
+        timings.step_s = time.perf_counter() - start
+        if self._call_timer is not None:
+            timings.add_calls(self._call_timer.take_timings())
+        if is_whole and self._num_micro_batches == "auto":
+            cost = StepCost(step_s=timings.step_s, shard_s=timings.shard_s)
+            self._chooser.observe(shape, len(groups), cost)
+        return timings
+
+    def _choose(self, shape: StepShape) -> int:
+        if self._num_micro_batches == "auto":
+            return self._chooser.choose(shape)
+        return self._num_micro_batches
 
     async def _run_group(
-        self, group: list[ScheduledSequence], context: StepContext
+        self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
+    ) -> bool:
+        """Whether the micro-batch came to its end."""
+        outcome = await self._outcome(group, context, run)
+        start = time.perf_counter()
+        run.apply(outcome)
+        run.timings.emit_s += time.perf_counter() - start
+        return outcome.error is None
+
+    async def _outcome(
+        self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
     ) -> MicroBatchOutcome:
         try:
-            return MicroBatchOutcome(entries=group, tokens=await self._compute(group, context))
+            tokens = await self._compute(group, context, run)
+            return MicroBatchOutcome(entries=group, tokens=tokens)
         except ExpertfleetError as error:
             _logger.warning("step %d: micro-batch failed: %s", context.step, error)
             return MicroBatchOutcome(entries=group, error=error)
@@ -104,8 +155,9 @@ class StepRunner:
             return self._unexpected(group, context, error)
 
     async def _compute(
-        self, group: list[ScheduledSequence], context: StepContext
+        self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
     ) -> list[SampledToken | NonFiniteError | None]:
+        timings, start = run.timings, time.perf_counter()
         for entry in group:
             for block_id, payload in entry.imports:
                 assert self._transfer is not None
@@ -114,11 +166,16 @@ class StepRunner:
         if not computing:
             return [None] * len(group)
         batch = build_batch(computing, self._block_size, self._device)
-        logits = await self._decoder.forward(batch, self._kv_cache, self._experts, context)
+        timings.prepare_s += time.perf_counter() - start
+        experts = TimedExperts(self._experts, timings, run.on_dispatch)
+        logits = await self._decoder.forward(batch, self._kv_cache, experts, context)
+        experts.finish_forward()
+        start = time.perf_counter()
         sampling = [entry for entry in group if entry.samples]
         if not sampling:
             return [None] * len(group)
         drawn = iter(self._sampler.sample(logits, [self._row(entry) for entry in sampling]))
+        timings.sample_s += time.perf_counter() - start
         return [next(drawn) if entry.samples else None for entry in group]
 
     def _row(self, entry: ScheduledSequence) -> SamplingRow:
@@ -143,3 +200,19 @@ class StepRunner:
                 "the shard's log has the traceback"
             ),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepRun:
+    """What the micro-batches of one step share."""
+
+    timings: StepTimings
+    apply: Callable[[MicroBatchOutcome], None]
+    on_dispatch: Callable[[], None]
+
+
+def _shape(entries: Sequence[ScheduledSequence]) -> StepShape:
+    return StepShape(
+        num_seqs=sum(1 for entry in entries if entry.num_tokens),
+        num_tokens=sum(entry.num_tokens for entry in entries),
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from router_service.sampling.draws import uniform
-from router_service.sampling.filters import draw, token_weights
+from router_service.sampling.filters import draw, largest, token_weights
 from router_service.sampling.penalties import SamplingRow, penalise
 from services.core.errors import NonFiniteError
 from services.core.generation import TokenLogprob
@@ -48,8 +48,8 @@ class Sampler:
         if not rows:
             return []
         scores = penalise(logits, rows)
-        best, token_ids = scores.max(-1)
-        is_sound = _is_finite(logits) & best.isfinite()
+        token_ids = _likeliest(scores)
+        is_sound = _is_finite(logits) & scores.gather(1, token_ids[:, None])[:, 0].isfinite()
         self._draw(scores, rows, token_ids)
         chosen = token_ids.tolist()
         logprobs = _logprobs(logits, rows, chosen)
@@ -70,9 +70,17 @@ class Sampler:
         for start in range(0, len(random), num_at_once):
             part = random[start : start + num_at_once]
             where = torch.tensor(part, device=scores.device)
-            weights = token_weights(scores[where], [rows[index].params for index in part])
+            chosen = scores.index_select(0, where)
+            weights = token_weights(chosen, [rows[index].params for index in part])
             uniforms = [uniform(rows[index].seed, rows[index].position) for index in part]
             token_ids[where] = draw(weights, uniforms).clamp_(max=scores.shape[1] - 1)
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """int64 [R], of equals the first; numpy's is ten times as fast as torch's on a CPU."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 def _is_finite(logits: Tensor) -> Tensor:
@@ -106,14 +114,17 @@ def _logprobs(
     }
     if not counts:
         return {}
-    log_probs = torch.log_softmax(logits[torch.tensor(list(counts), device=logits.device)], -1)
-    top = log_probs.topk(min(max(counts.values()), logits.shape[1]))
-    top_values, top_ids = top.values.tolist(), top.indices.tolist()
-    result = {}
-    for place, (index, count) in enumerate(counts.items()):
-        result[index] = TokenLogprob(
-            token_id=chosen[index],
-            logprob=float(log_probs[place, chosen[index]]),
-            top=tuple(zip(top_ids[place][:count], top_values[place][:count], strict=True)),
+    where = torch.tensor(list(counts), device=logits.device)
+    log_probs = torch.log_softmax(logits.index_select(0, where), -1)
+    own_ids = torch.tensor([chosen[index] for index in counts], device=logits.device)
+    own_values = log_probs.gather(1, own_ids[:, None])[:, 0].tolist()
+    top: list[list[tuple[int, float]]] = [[] for _ in counts]
+    if most := min(max(counts.values()), logits.shape[1]):
+        values, ids = (part.tolist() for part in largest(log_probs, most))
+        top = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+    return {
+        index: TokenLogprob(
+            token_id=chosen[index], logprob=own_values[place], top=tuple(top[place][:count])
         )
-    return result
+        for place, (index, count) in enumerate(counts.items())
+    }

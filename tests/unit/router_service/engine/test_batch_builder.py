@@ -89,6 +89,13 @@ def test_the_order_of_the_step_is_kept_within_a_micro_batch() -> None:
         assert positions == sorted(positions)
 
 
+def test_a_long_prefill_chunk_is_apart_from_the_decodes_and_comes_after_them() -> None:
+    chunk = _entry([1] * 40, [0] * 10, 0, 40)
+    decodes = [_entry([1], [0], 0, 1) for _ in range(6)]
+    assert split_micro_batches([*decodes, chunk], 2) == [decodes, [chunk]]
+    assert split_micro_batches([chunk, *decodes], 3)[-1] == [chunk]
+
+
 def test_there_are_no_more_micro_batches_than_sequences() -> None:
     entries = [_entry([1], [0], 0, 1)] * 2
     assert len(split_micro_batches(entries, 4)) == 2

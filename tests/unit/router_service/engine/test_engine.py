@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import pytest
 import torch
@@ -92,10 +93,10 @@ async def test_tokens_come_one_after_another_and_end_at_max_tokens() -> None:
     assert completion.finish_reason == "length"
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, "auto"])
 @pytest.mark.parametrize("seed", range(4))
 async def test_tokens_are_the_same_whatever_the_chunks_the_evictions_and_the_reuse(
-    num_micro_batches: int, seed: int
+    num_micro_batches: int | Literal["auto"], seed: int
 ) -> None:
     rng = random.Random(seed)
     stems = [[rng.randrange(100) for _ in range(rng.randrange(30))] for _ in range(3)]

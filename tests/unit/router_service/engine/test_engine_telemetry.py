@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -202,6 +203,28 @@ async def test_metrics_are_read_from_the_engine_at_scrape() -> None:
     }
     await engine.stop(1)
     assert list(values.values()) == [36, 20, 16, 10, 0, 0, 0, 0, 64, 10]
+
+
+async def test_how_steps_were_split_and_where_their_time_went_is_told() -> None:
+    registry = CollectorRegistry()
+    async with _Traced(
+        step_sample_interval=1, num_micro_batches=2, metrics=EngineMetrics(registry)
+    ) as traced:
+        await asyncio.gather(*(traced.complete([i] * 3, 12) for i in range(4)))
+        stats = traced.engine.stats()
+        seconds = {
+            part: registry.get_sample_value(telemetry.METRIC_STEP_PARTS, {"part": part})
+            for part in stats.timings.parts()
+        }
+        last = registry.get_sample_value(telemetry.METRIC_MICRO_BATCHES)
+    counts = [
+        (step.attributes or {})[telemetry.ATTR_NUM_MICRO_BATCHES]
+        for step in traced.spans(telemetry.SPAN_STEP)
+    ]
+    assert 2 in counts
+    assert last == stats.num_micro_batches == counts[-1]
+    assert seconds == pytest.approx(stats.timings.parts())
+    assert sum(value or 0.0 for value in seconds.values()) > 0
 
 
 async def test_what_became_of_session_blocks_is_counted() -> None:

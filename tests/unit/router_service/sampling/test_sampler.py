@@ -19,7 +19,13 @@ from transformers.generation.logits_process import (
 )
 
 from router_service.sampling.draws import philox, uniform
-from router_service.sampling.filters import draw, token_weights
+from router_service.sampling.filters import (
+    _top_p_floors,
+    _top_p_floors_cpu,
+    draw,
+    largest,
+    token_weights,
+)
 from router_service.sampling.penalties import penalise
 from router_service.sampling.sampler import SampledToken, Sampler, SamplingRow
 from services.core.errors import NonFiniteError
@@ -131,6 +137,31 @@ def test_all_filters_together_equal_those_of_transformers_in_their_order(
         expected = warper(torch.empty(16, 0), expected)
     got = probabilities(logits.float(), temperature=temperature, top_k=40, top_p=0.8, min_p=0.1)
     torch.testing.assert_close(got, expected.softmax(-1).float())
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 2000, 5000])
+@pytest.mark.parametrize("k", [1, 5, 19, 400])
+def test_the_largest_are_those_of_the_whole_row_and_where_they_lie(k: int, vocab_size: int) -> None:
+    values = random_logits(6, vocab_size)
+    values[0, -3:] = float("-inf")
+    values[1] = float("-inf")
+    k = min(k, vocab_size)
+    found, where = largest(values, k)
+    assert torch.equal(found, values.topk(k).values)
+    assert torch.equal(values.gather(1, where), found)
+    assert all(len(set(row)) == k for row in where[[0, 2, 3, 4, 5]].tolist())
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("vocab_size", [3, 1000, 5000])
+def test_sorting_only_what_may_be_kept_gives_the_floor_of_sorting_all(
+    vocab_size: int, spread: float
+) -> None:
+    logits = random_logits(20, vocab_size) * spread
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    shares = torch.rand(20, 1, generator=generator(), dtype=torch.float64)
+    shares[:3, 0] = torch.tensor([0.0, 1e-9, 1 - 1e-9])
+    assert torch.equal(_top_p_floors_cpu(weights, shares), _top_p_floors(weights, shares))
 
 
 def test_every_row_has_its_own_filters() -> None:
