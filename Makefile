@@ -5,7 +5,8 @@ ARGS ?=
 PROTOS := protos/experts.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos protos-check demo-model bench bench-dispatch bench-wide clean
+.PHONY: help setup serve test check format protos protos-check demo-model bench bench-peers bench-attention bench-long-context bench-delay bench-dispatch bench-gateway \
+	bench-gpu bench-perplexity bench-plan bench-wide clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,14 +44,38 @@ protos-check: setup ## fail when the committed wire code differs from the contra
 demo-model: setup ## train models/demo again from the standard library's sources
 	$(PY) -m models.train_demo $(ARGS)
 
-bench: setup ## measure expertfleet beside transformers; writes docs/performance/bench.md
+bench: setup ## measure expertfleet beside its peers; writes docs/performance/bench.{md,json,svg}
 	$(PY) -m benchmarks.run $(ARGS)
+
+bench-peers: setup ## make the peers' environments in .bench (vLLM 2.3 GB; llama.cpp is compiled)
+	$(PY) -m benchmarks.peers install $(ARGS)
 
 bench-dispatch: setup ## measure one MoE layer over gRPC beside in process
 	$(PY) -m benchmarks.dispatch $(ARGS)
 
 bench-wide: setup ## serve one layer of 8x22B's width on eight workers; needs 6 GB of disk and memory
 	$(PY) -m benchmarks.wide $(ARGS)
+
+bench-attention: setup ## measure native attention beside torch's
+	$(PY) -m benchmarks.attention $(ARGS)
+
+bench-long-context: setup ## measure decoding at 1k to 64k tokens of context
+	$(PY) -m benchmarks.long_context $(ARGS)
+
+bench-delay: setup ## measure micro-batches in flight with 1 and 5 ms of network delay
+	$(PY) -m benchmarks.delay $(ARGS)
+
+bench-gateway: setup ## measure what gateway and Ray add to a token
+	$(PY) -m benchmarks.gateway $(ARGS)
+
+bench-gpu: setup ## measure this machine's GPU at the widths of 8x7B and 8x22B
+	$(PY) -m benchmarks.gpu $(ARGS)
+
+bench-perplexity: setup ## measure what quantised weights cost in quality
+	$(PY) -m benchmarks.perplexity $(ARGS)
+
+bench-plan: setup ## measure how well `expertfleet plan` predicts decode steps here
+	$(PY) -m benchmarks.plan_error $(ARGS)
 
 clean: ## remove what set-up and runs have made
 	rm -rf .venv .expertfleet .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

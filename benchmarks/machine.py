@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -40,16 +41,19 @@ class ForeignLoad:
         return max(0.0, busy - own) / (wall * cores)
 
     def _own_s(self) -> float:
-        total = 0.0
-        for pid in self._own_pids:
-            try:
-                root = psutil.Process(pid)
-                for process in [root, *root.children(recursive=True)]:
-                    times = process.cpu_times()
-                    total += times.user + times.system
-            except psutil.NoSuchProcess:
-                continue
-        return total
+        return cpu_seconds(self._own_pids)
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU seconds of these processes and their running descendants."""
+    total = 0.0
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            for process in [root, *root.children(recursive=True)]:
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 def _busy_s() -> float:

@@ -1,211 +1,170 @@
-"""`make bench`: expertfleet over gRPC, expertfleet in process and transformers, side by side.
+"""`make bench`: expertfleet and what else could serve the same weights, side by side.
+
+    python -m benchmarks.run [--models bench-s,demo] [--batches 1,8,32] [--rounds 5] [--sides ...]
 
 Every side stays loaded in a process of its own; rounds alternate between them on the same weights
-and the same fresh random prompts. Prints medians with their spread, and ratios, which are the
-result. Before it measures, it checks that both expertfleet sides answer with the same tokens.
+and the same fresh random prompts. Sides that are not installed (`python -m benchmarks.peers
+install`) or do not fit in memory are skipped with a word. Before it measures, it checks that sides
+answer alike. Writes bench.md, bench.json and bench.svg; ratios are the result. With all sides on
+bench-s a round takes about four minutes on two cores, loading and warming up about fifteen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
-import random
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from benchmarks.machine import ForeignLoad, describe_machine
-from benchmarks.random_checkpoint import write_named_checkpoint
-from services.core.checkpoints.hub import find_model
+import psutil
+
+from benchmarks.agreement import DisagreementError
+from benchmarks.machine import describe_machine
+from benchmarks.plot import plot
+from benchmarks.random_checkpoint import SHAPES, write_named_checkpoint
+from benchmarks.report import ModelReport, figures, markdown
+from benchmarks.rounds import Rounds, workloads
+from benchmarks.side_process import SideFailedError, SideProcess
+from benchmarks.sides import (
+    SIDES,
+    Places,
+    SideSpec,
+    SideUnavailableError,
+    is_side,
+    side_spec,
+)
 from services.core.model_config import load_model_config
 
-SIDES = ("workers", "inprocess", "transformers")
-PREFILL_TOKENS = 512
-DEMO = Path("models/demo")
+DEMO = Path("models/demo").resolve()
+PROBE = SideSpec(name="ceilings", command=(sys.executable, "-m", "benchmarks.ceilings"))
+WEIGHTS_FACTOR, RUNTIME_BYTES = 1.25, 1 << 30
+"""Free memory asked for before a side is started: weights times this, and its libraries."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    name: str
-    folder: Path
-    vocab_size: int
-    context: int = 128
-    new_tokens: int = 64
-
-
-@dataclass(slots=True, kw_only=True)
-class Samples:
-    """Tokens per second of each side, one value a round, and foreign CPU beside them."""
-
-    rates: dict[str, list[float]] = field(default_factory=dict)
-    foreign: list[float] = field(default_factory=list)
-
-    def add(self, side: str, rate: float) -> None:
-        self.rates.setdefault(side, []).append(rate)
-
-    def median(self, side: str) -> float:
-        return statistics.median(self.rates[side])
-
-    def ratio(self, side: str, other: str) -> float:
-        """Median over rounds of the two sides' ratio within one round."""
-        pairs = zip(self.rates[side], self.rates[other], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
-
-    def cell(self, side: str) -> str:
-        values = self.rates[side]
-        return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-
-
-class Side:
-    """The process that runs one side's jobs."""
-
-    def __init__(self, name: str, workload: Workload, num_workers: int) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "benchmarks.side", name, str(workload.folder)]
-        self.process = subprocess.Popen(
-            [*command, "--workers", str(num_workers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if not os.isatty(2) else None,
-            text=True,
-        )
-
-    def wait_ready(self) -> None:
-        self._read()
-
-    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the side {self.name} ended with status {self.process.wait()}")
-        return dict(json.loads(line))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="demo,bench-s", help="demo, bench-xs, bench-s")
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("docs/performance"))
+def main() -> int:
+    parser = _parser()
     arguments = parser.parse_args()
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    text = f"Measured {date.today()} on {describe_machine()}.\n"
-    figures: dict[str, Any] = {"machine": describe_machine(), "date": str(date.today())}
-    with tempfile.TemporaryDirectory(prefix="expertfleet-bench-") as scratch:
-        for name in arguments.models.split(","):
-            workload = _workload(name, Path(scratch), arguments.new_tokens)
-            samples = _measure(workload, batches, arguments.rounds, arguments.workers)
-            text += "\n" + _table(workload, samples, arguments)
-            figures[name] = {key: value.rates for key, value in samples.items()}
+    if unknown := {*arguments.models.split(",")} - {"demo", *SHAPES}:
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    if unknown := {name for name in arguments.sides.split(",") if not is_side(name)}:
+        parser.error(f"no such side: {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
+    # So that a run that is terminated ends the sides that it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    places = Places.under(arguments.work_dir)
+    batches = sorted(int(batch) for batch in arguments.batches.split(","))
+    try:
+        models = [
+            _measure(name, batches, places, arguments) for name in arguments.models.split(",")
+        ]
+    except (DisagreementError, SideFailedError) as error:
+        _say(f"error: {error}")
+        return 1
+    machine, today = describe_machine(), str(date.today())
+    command = " ".join(["python -m benchmarks.run", *sys.argv[1:]])
+    text = markdown(machine, today, command, models)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "bench.md").write_text(text)
-    (arguments.out / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (arguments.out / "bench.svg").write_text(plot(models))
+    written = json.dumps(figures(machine, today, models), indent=1)
+    (arguments.out / "bench.json").write_text(written + "\n")
     sys.stdout.write(text)
+    return 0
 
 
-def _workload(name: str, scratch: Path, new_tokens: int) -> Workload:
-    folder = DEMO
-    if name != "demo":
-        folder = write_named_checkpoint(name, scratch / name)
-    vocab_size = load_model_config(find_model(str(folder)).folder).vocab_size
-    return Workload(name=name, folder=folder, vocab_size=vocab_size, new_tokens=new_tokens)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="bench-s,demo", help=f"demo, {', '.join(SHAPES)}")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", default=",".join(SIDES), help="default: all (%(default)s)")
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens when decoding")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("docs/performance"))
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(".bench"),
+        help="environments of the peers, checkpoints and compiled code, kept between runs",
+    )
+    return parser
 
 
 def _measure(
-    workload: Workload, batches: Sequence[int], rounds: int, num_workers: int
-) -> dict[str, Samples]:
-    sides = [Side(name, workload, num_workers) for name in SIDES]
-    samples: dict[str, Samples] = {}
-    try:
-        for side in sides:
-            side.wait_ready()
-        generator = random.Random(20)
-        _check_same_tokens(workload, sides, generator)
-        for round_number in range(-1, rounds):
-            for batch in [0, *batches]:
-                prompts = _prompts(workload, generator, batch)
-                foreign = ForeignLoad([os.getpid()])
-                label = f"decode {batch}" if batch else f"prefill {PREFILL_TOKENS}"
-                for side in sides:
-                    rate = _rate(side, prompts, workload.new_tokens if batch else 1)
-                    if round_number >= 0:
-                        samples.setdefault(label, Samples()).add(side.name, rate)
-                if round_number >= 0:
-                    samples[label].foreign.append(foreign.stop())
-            sys.stderr.write(f"{workload.name}: round {round_number + 1} of {rounds}\n")
-    finally:
-        for side in sides:
-            side.close()
-    return samples
-
-
-def _prompts(workload: Workload, generator: random.Random, batch: int) -> list[list[int]]:
-    """Fresh each time, so that no side can answer from its prefix cache. Batch 0 is the prefill."""
-    length = workload.context if batch else PREFILL_TOKENS
-    return [
-        [generator.randrange(10, workload.vocab_size) for _ in range(length)]
-        for _ in range(max(1, batch))
-    ]
-
-
-def _rate(side: Side, prompts: Sequence[Sequence[int]], max_tokens: int) -> float:
-    result = side.run(prompts, max_tokens)
-    if max_tokens == 1:
-        return len(prompts[0]) / float(result["ttft_s"])
-    return len(prompts) * (max_tokens - 1) / float(result["decode_s"])
-
-
-def _check_same_tokens(workload: Workload, sides: Sequence[Side], generator: random.Random) -> None:
-    prompts = _prompts(workload, generator, 4)
-    answers = {side.name: side.run(prompts, 16)["tokens"] for side in sides}
-    if answers["workers"] != answers["inprocess"]:
-        raise SystemExit(f"{workload.name}: workers and in-process experts answer differently")
-
-
-def _table(workload: Workload, samples: dict[str, Samples], arguments: argparse.Namespace) -> str:
-    lines = [
-        f"**{workload.name}**, bf16, {arguments.workers} workers, context {workload.context}, "
-        f"{workload.new_tokens} new tokens, {arguments.rounds} rounds; "
-        "tokens/s as median (lowest to highest)",
-        "",
-        "| | over gRPC | in process | transformers | gRPC / in process | "
-        "gRPC / transformers | in process / transformers | foreign CPU |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for label, row in samples.items():
-        cells = [row.cell(side) for side in SIDES]
-        ratios = [
-            row.ratio("workers", "inprocess"),
-            row.ratio("workers", "transformers"),
-            row.ratio("inprocess", "transformers"),
-        ]
-        foreign = statistics.median(row.foreign)
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | "
-            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} | {foreign:.0%} |"
+    name: str, batches: Sequence[int], places: Places, arguments: argparse.Namespace
+) -> ModelReport:
+    folder = DEMO
+    if name != "demo":
+        folder = write_named_checkpoint(name, places.models / name)
+    config = load_model_config(folder)
+    planned = workloads(batches, context=arguments.context, new_tokens=arguments.new_tokens)
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertfleet-bench-")))
+        sides = []
+        for side_name in arguments.sides.split(","):
+            try:
+                spec = side_spec(side_name, folder, places)
+                sides.append(_start(spec, folder, logs, stack))
+            except (SideUnavailableError, SideFailedError) as error:
+                skipped[side_name] = str(error).splitlines()[0]
+                _say(f"{name}: {side_name} is skipped: {error}")
+        if not sides:
+            raise SideFailedError("no side could be started")
+        probe = SideProcess(PROBE, logs / "ceilings.log")
+        stack.callback(probe.close)
+        probe.wait_ready()
+        rounds = Rounds(
+            sides=sides,
+            probe=probe,
+            workloads=planned,
+            vocab_size=config.vocab_size,
+            say=lambda text: _say(f"{name}: {text}"),
         )
-    return "\n".join(lines) + "\n"
+        samples = rounds.run(arguments.rounds)
+        return ModelReport(
+            name=name,
+            config=config,
+            workloads=planned,
+            num_rounds=arguments.rounds,
+            samples=samples,
+            versions={side.name: side.versions for side in sides},
+            skipped=skipped,
+        )
+
+
+def _start(spec: SideSpec, folder: Path, logs: Path, stack: contextlib.ExitStack) -> SideProcess:
+    """One side after the other, so that each loads with all the cores to itself."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    needed = WEIGHTS_FACTOR * weights + RUNTIME_BYTES
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise SideUnavailableError(
+            f"{needed / 1e9:.1f} GB of memory are needed, {free / 1e9:.1f} GB are free; "
+            "give fewer --sides"
+        )
+    side = SideProcess(spec, logs / f"{spec.name}.log")
+    stack.callback(side.close)
+    try:
+        side.wait_ready()
+    except SideFailedError:
+        if spec.is_ours:
+            raise
+        side.close()
+        raise
+    _say(f"{folder.name}: {spec.name} is ready")
+    return side
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,9 @@
-"""One side of a comparison, in a process of its own: reads jobs, prints results, as JSON lines.
+"""One side of a comparison that is ours, in a process of its own: jobs in, results out.
 
-    python -m benchmarks.side {inprocess,workers,transformers} MODEL [--workers N] [--dtype D]
+    python -m benchmarks.side inprocess|workers MODEL [--workers N] [--weights int8|int4]
 
-A job is {"prompts": [[ids]...], "max_tokens": n}; the result has seconds to the first token of the
-batch, seconds from the first to the last token, and the tokens themselves. Sides that are not
-running a job are idle, so that alternating rounds measure one side at a time.
+`benchmarks.jobs` states what a job and a result are. Sides that are not running a job are idle, so
+that alternating rounds measure one side at a time.
 """
 
 from __future__ import annotations
@@ -12,153 +11,146 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
+import itertools
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from benchmarks.jobs import Job, Result, Run, claim_results, result_of, serve_jobs
 from benchmarks.workers import start_workers
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.model_config import load_model_config
-from services.core.settings import load_settings
+from services.core.settings import Settings, load_settings
 
-Job = dict[str, Any]
-Result = dict[str, Any]
-Runner = Callable[[Sequence[Sequence[int]], int], Result]
+WEIGHT_SETTINGS = ("expert_weights", "shard_weights")
+"""Settings that choose how weights are held; `--weights` is for each of them that there is."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("inprocess", "workers", "transformers"))
+    parser.add_argument("side", choices=("inprocess", "workers"))
     parser.add_argument("model")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", choices=("int8", "int4"))
     arguments = parser.parse_args()
-    # Results go where standard output was; whatever a library prints goes to standard error.
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    results = claim_results()
     cores = len(os.sched_getaffinity(0))
+    weights = weight_settings(arguments.weights)
     with contextlib.ExitStack() as stack:
-        if arguments.side == "transformers":
-            runner = _transformers(arguments.model, arguments.dtype, cores)
-        elif arguments.side == "inprocess":
-            runner = stack.enter_context(_engine(arguments.model, arguments.dtype, "", cores))
-        else:
+        endpoints = ""
+        if arguments.side == "workers":
             endpoints = stack.enter_context(
-                running_workers(arguments.model, arguments.dtype, arguments.workers)
+                running_workers(arguments.model, arguments.dtype, arguments.workers, **weights)
             )
-            # One core is left for I/O, as in the launched product.
-            runner = stack.enter_context(
-                _engine(arguments.model, arguments.dtype, endpoints, max(1, cores - 1))
-            )
-        _serve(runner, results)
-
-
-def _serve(runner: Runner, results: TextIO) -> None:
-    results.write('{"ready": true}\n')
-    results.flush()
-    for line in sys.stdin:
-        job: Job = json.loads(line)
-        results.write(json.dumps(runner(job["prompts"], job["max_tokens"])) + "\n")
-        results.flush()
-
-
-@contextlib.contextmanager
-def _engine(model: str, dtype: str, endpoints: str, num_threads: int) -> Iterator[Runner]:
-    """The engine called directly, with experts in process or on the workers at `endpoints`."""
-    from router_service.shard import AttentionShard
-
-    settings = load_settings(
-        model=model, dtype=dtype, workers=endpoints, num_threads=num_threads, device="cpu"
-    )
-    shard = AttentionShard.start(settings, in_process_experts=not endpoints)
-    numbers = iter(range(1 << 60))
-
-    async def one(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], float, float]:
-        request = GenerateRequest(
-            request_id=f"bench-{next(numbers)}",
-            prompt_token_ids=tuple(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        settings = load_settings(
+            model=arguments.model,
+            dtype=arguments.dtype,
+            workers=endpoints,
+            device="cpu",
+            # Beside workers one core is left for I/O, as in the launched product.
+            num_threads=max(1, cores - 1) if endpoints else cores,
+            **weights,
         )
-        tokens: list[int] = []
-        first = last = 0.0
-        async for deltas in shard.generate(request):
-            last = time.perf_counter()
-            first = first or last
-            tokens += [token for delta in deltas for token in delta.token_ids]
-        return tokens, first, last
+        serve_jobs(stack.enter_context(_engine(settings)), results)
 
-    async def batch(prompts: Sequence[Sequence[int]], max_tokens: int) -> Result:
-        started = time.perf_counter()
-        done = await asyncio.gather(*(one(prompt, max_tokens) for prompt in prompts))
-        first, last = max(first for _, first, _ in done), max(last for _, _, last in done)
-        return {
-            "ttft_s": first - started,
-            "decode_s": last - first,
-            "tokens": [tokens for tokens, _, _ in done],
-        }
 
-    loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(shard.check_ready())
-        yield lambda prompts, max_tokens: loop.run_until_complete(batch(prompts, max_tokens))
-    finally:
-        shard.stop_now()
-        loop.close()
+def weight_settings(weights: str | None) -> dict[str, str]:
+    """The settings that make shard and workers hold weights in this format; none for None."""
+    if weights is None:
+        return {}
+    return {name: weights for name in WEIGHT_SETTINGS if name in Settings.model_fields}
 
 
 @contextlib.contextmanager
-def running_workers(model: str, dtype: str, num_workers: int) -> Iterator[str]:
+def running_workers(model: str, dtype: str, num_workers: int, **settings: Any) -> Iterator[str]:
     """Real expert workers on loopback; yields their endpoints as `host:port,host:port`."""
     config = load_model_config(Path(model))
-    settings = load_settings(model=model, dtype=dtype)
-    with start_workers(Path(model), config, num_workers, settings) as workers:
+    loaded = load_settings(model=model, dtype=dtype, **settings)
+    with start_workers(Path(model), config, num_workers, loaded) as workers:
         for worker in workers:
             worker.wait_ready()
         yield ",".join(worker.endpoint for worker in workers)
 
 
-def _transformers(model: str, dtype: str, cores: int) -> Runner:
-    """`generate` of transformers with its default experts implementation."""
-    import torch
-    import transformers
+def split_step(
+    parts: Mapping[str, float], calls: Mapping[str, float], num_steps: int
+) -> dict[str, float]:
+    """Milliseconds of one step by part, from seconds of all steps.
 
-    torch.set_num_threads(cores)
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    network.eval()
+    `experts` of `parts` is replaced by the parts of the layer calls and a `rest`. Calls of several
+    micro-batches overlap; they are then scaled to the time in which the step waited for them.
+    """
+    step_ms = {name: 1e3 * part_s / num_steps for name, part_s in parts.items()}
+    calls_ms = {name: 1e3 * part_s / num_steps for name, part_s in calls.items()}
+    together = sum(calls_ms.values())
+    if not together:
+        return step_ms
+    experts = step_ms.pop("experts")
+    scale = min(1.0, experts / together)
+    split = {name: part * scale for name, part in calls_ms.items()}
+    return step_ms | split | {"rest": experts - sum(split.values())}
 
-    class Steps(transformers.StoppingCriteria):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.times: list[float] = []
 
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+@contextlib.contextmanager
+def _engine(settings: Settings) -> Iterator[Run]:
+    """The engine called directly, with experts in process or on the workers of the settings."""
+    from router_service.shard import AttentionShard
 
-    def run(prompts: Sequence[Sequence[int]], max_tokens: int) -> Result:
-        steps = Steps()
-        input_ids = torch.tensor([list(prompt) for prompt in prompts])
+    shard = AttentionShard.start(settings, in_process_experts=not settings.workers)
+    numbers = itertools.count()
+
+    async def one(
+        prompt: Sequence[int], max_tokens: int, begun: Callable[[], None]
+    ) -> tuple[list[float], list[int]]:
+        request = GenerateRequest(
+            request_id=f"bench-{next(numbers)}",
+            prompt_token_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        )
+        times: list[float] = []
+        tokens: list[int] = []
+        async for deltas in shard.generate(request):
+            now = time.perf_counter()
+            if not times:
+                begun()
+            for delta in deltas:
+                times += [now] * len(delta.token_ids)
+                tokens += delta.token_ids
+        return times, tokens
+
+    async def batch(job: Job) -> Result:
+        """Its timings are of the steps after every request has its first token, or of all."""
+        prompts, max_tokens = job["prompts"], job["max_tokens"]
+        waiting = len(prompts)
+
+        def begun() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if not waiting and max_tokens > 1:
+                shard.take_timings()
+
+        shard.take_timings()
         started = time.perf_counter()
-        with torch.inference_mode():
-            output = network.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=max_tokens,
-                min_new_tokens=max_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=[steps],
-            )
-        return {
-            "ttft_s": steps.times[0] - started,
-            "decode_s": steps.times[-1] - steps.times[0],
-            "tokens": output[:, input_ids.shape[1] :].tolist(),
-        }
+        done = await asyncio.gather(*(one(prompt, max_tokens, begun) for prompt in prompts))
+        timings = shard.take_timings()
+        num_steps = max(1, timings.num_steps)
+        return result_of(
+            started,
+            [times for times, _ in done],
+            [tokens for _, tokens in done],
+            split_step(timings.parts(), timings.calls(), num_steps),
+        )
 
-    return run
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(shard.check_ready())
+        yield lambda job: loop.run_until_complete(batch(job))
+    finally:
+        shard.stop_now()
+        loop.close()
 
 
 if __name__ == "__main__":

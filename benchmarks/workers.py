@@ -18,7 +18,8 @@ from pathlib import Path
 import grpc
 
 from protos import experts_pb2
-from services.core.grpc_options import DESCRIBE_METHOD
+from services.cli.fleet import MALLOC_ENVIRONMENT
+from services.core.grpc_options import DESCRIBE_METHOD, GRPC_ENVIRONMENT
 from services.core.model_config import ModelConfig
 from services.core.placement import WorkerSlots, plan_placement
 from services.core.registry_json import format_ranges
@@ -106,7 +107,8 @@ def start_workers(
     """
     cores = len(os.sched_getaffinity(0))
     num_threads = settings.num_threads or max(1, cores // num_workers)
-    environment = os.environ | settings.override(num_threads=num_threads).as_environment()
+    environment = os.environ | MALLOC_ENVIRONMENT | GRPC_ENVIRONMENT
+    environment |= settings.override(num_threads=num_threads).as_environment()
     workers: list[MeasuredWorker] = []
     try:
         for index, placement in enumerate(
