@@ -19,11 +19,12 @@ def expert(
     worker_id: Annotated[str | None, typer.Option(help="name in the registry")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto")] = None,
+    expert_weights: Annotated[str | None, typer.Option(help="auto, int8 or int4")] = None,
 ) -> None:
     """Run one expert worker: load its experts' tensors, register, compute until SIGTERM."""
     from expert_service.main import run_worker
 
-    settings = load_settings(model=model, dtype=dtype, device=device)
+    settings = load_settings(model=model, dtype=dtype, device=device, expert_weights=expert_weights)
     raise typer.Exit(
         run_worker(
             settings,

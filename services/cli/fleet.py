@@ -20,6 +20,7 @@ from services.cli.child import Child, ChildSpec
 from services.cli.hardware import Hardware
 from services.cli.state_folder import StateFolder
 from services.core.errors import ExpertfleetError, UnavailableError
+from services.core.grpc_options import GRPC_ENVIRONMENT
 from services.core.model_config import ModelConfig
 from services.core.placement import WorkerSlots, plan_placement
 from services.core.redis_registry import RedisRegistry
@@ -195,7 +196,7 @@ class Fleet:
             name=name,
             command=command,
             log_file=self._folder.log_file(name),
-            environment=MALLOC_ENVIRONMENT | dict(environment or {}),
+            environment=MALLOC_ENVIRONMENT | GRPC_ENVIRONMENT | dict(environment or {}),
         )
         return Child(spec, self._say)
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from services.cli import bench, chat, expert, experts, plan, traces, up
+from services.cli import bench, chat, expert, experts, plan, quantize, traces, up
 from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("complete")(chat.complete)
 app.command("experts")(experts.experts)
 app.command("plan")(plan.plan)
 app.command("traces")(traces.traces)
+app.command("quantize")(quantize.quantize)
 app.command("bench")(bench.bench)
 
 

@@ -35,6 +35,8 @@ def up(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="port of the gateway")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+    expert_weights: Annotated[str | None, typer.Option(help="auto, int8 or int4")] = None,
+    shard_weights: Annotated[str | None, typer.Option(help="auto, int8 or int4")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="logs, traces, sockets")] = None,
     store_bytes: Annotated[
         int, typer.Option(min=1 << 20, help="memory of the embedded session store")
@@ -45,7 +47,15 @@ def up(
     ] = False,
 ) -> None:
     """Start store, expert workers, shards and gateway; serve until Ctrl-C."""
-    settings = load_settings(model=model, host=host, port=port, dtype=dtype, device=device)
+    settings = load_settings(
+        model=model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        expert_weights=expert_weights,
+        shard_weights=shard_weights,
+    )
     config = load_model_config(find_model(settings.model).folder)
     min_shards, max_shards = _parse_shards(shards)
     if no_ray and max_shards > 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.checkpoints.json_fields import JsonFields
+from services.core.checkpoints.quantization_config import why_not_read
 from services.core.checkpoints.safetensors_files import read_header
 from services.core.errors import CheckpointError, UnsupportedModelError
 
@@ -82,13 +83,9 @@ def _from_hugging_face(fields: JsonFields, folder: Path) -> ModelConfig:
     architecture = _architecture(fields)
     is_moe = architecture == "MixtralForCausalLM"
     if "quantization_config" in fields:
-        method = fields.get("quantization_config")
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise _unsupported(
-            fields,
-            "quantization_config",
-            f"weights quantised by {method!r}; give a bf16 checkpoint",
-        )
+        problem = why_not_read(fields.get("quantization_config"))
+        if problem is not None:
+            raise _unsupported(fields, "quantization_config", f"{problem}; give a bf16 checkpoint")
     hidden_act = fields.text("hidden_act", "silu")
     if hidden_act != "silu":
         raise _unsupported(fields, "hidden_act", f"activation {hidden_act!r}; silu is")

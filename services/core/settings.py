@@ -7,14 +7,16 @@ A bad value fails at start with a `ConfigurationError` that names the variable.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.core.errors import ConfigurationError
+from services.core.quantization.formats import WeightsSetting
 
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+WireDTypeName = Literal["auto", "bfloat16", "int8"]
 
 
 class Settings(BaseSettings):
@@ -29,6 +31,12 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="name in the API; default: from model")
     dtype: DTypeName = Field("auto", description="activation dtype; auto: as the checkpoint says")
     device: str = Field("auto", description="cpu, cuda, cuda:N or auto")
+    expert_weights: WeightsSetting = Field(
+        "auto", description="experts' weights in memory; auto: as they are stored"
+    )
+    shard_weights: WeightsSetting = Field(
+        "auto", description="weights of attention and head in memory; auto: as they are stored"
+    )
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion, tokens")
 
     # Where things are
@@ -53,13 +61,21 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="past this, requests get 429")
-    num_micro_batches: int = Field(1, ge=1, le=8)
+    num_micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=8)] = Field(
+        "auto", description="parts of a step in flight at once; auto: what measures fastest"
+    )
     num_threads: int | None = Field(None, ge=1, description="torch threads of this process")
+    reproducible: bool | None = Field(
+        None, description="answers that no other request can change; unset: where possible"
+    )
 
     # Dispatch and experts
     expert_wait_s: float = Field(60.0, gt=0, description="how long a request waits for a replica")
     call_timeout_s: float = Field(30.0, gt=0, description="deadline of one dispatch frame")
     max_frame_bytes: int = Field(256 << 20, ge=1 << 16)
+    wire_dtype: WireDTypeName = Field(
+        "auto", description="dtype of rows sent to experts; auto: the activation dtype"
+    )
     heartbeat_s: float = Field(1.0, gt=0)
     lease_s: float = Field(5.0, gt=0)
     drain_timeout_s: float = Field(10.0, gt=0)

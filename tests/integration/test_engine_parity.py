@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -59,6 +59,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PROMPT_LENGTHS = (131, 3, 70, 1, 17, 96, 40, 9)
 NEW_TOKENS = 16
+MICRO_BATCHES: dict[int, int | Literal["auto"]] = {1: 1, 2: 2, 4: "auto", 8: 3}
+"""By number of workers."""
 NUM_BLOCKS = 64
 """Of 4 tokens: the prompts alone are 367 tokens, with their completions 495."""
 
@@ -122,18 +124,17 @@ async def check_tokens(engine: Engine, case: Case) -> None:
     assert stats.num_cached_tokens > 0
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_workers", MICRO_BATCHES)
 async def test_greedy_tokens_equal_those_of_transformers(case: Case, num_workers: int) -> None:
     config = case.config
     placement = plan_placement(config.num_hidden_layers, config.num_local_experts, num_workers)
-    num_micro_batches = 2 if num_workers in (2, 8) else 1
     async with (
         running_workers(case.folder, placement) as endpoints,
         running_engine(
             case.folder,
             endpoints,
             num_blocks=NUM_BLOCKS,
-            num_micro_batches=num_micro_batches,
+            num_micro_batches=MICRO_BATCHES[num_workers],
         ) as engine,
     ):
         await check_tokens(engine, case)

@@ -213,7 +213,9 @@ NAN_ROWS = np.full((3, HIDDEN), np.nan, dtype="<f4").tobytes()
     [
         ({"num_tokens": 4}, INVALID, "hidden_states has 768 bytes"),
         ({"hidden_size": 32, "num_tokens": 6}, INVALID, "hidden_size is 32"),
-        ({"dtype": experts_pb2.DTYPE_BFLOAT16, "num_tokens": 6}, INVALID, "torch.bfloat16"),
+        ({"dtype": experts_pb2.DTYPE_FLOAT16, "num_tokens": 6}, INVALID, "torch.float16"),
+        ({"dtype": experts_pb2.DTYPE_INT8, "num_tokens": 12}, INVALID, "scales"),
+        ({"answer_dtype": experts_pb2.DTYPE_BFLOAT16}, INVALID, "answer_dtype"),
         ({"dtype": 77}, INVALID, "dtype 77"),
         ({"layer": 9}, UNKNOWN, "layer 9"),
         ({"expert_ids": [1, 3]}, UNKNOWN, r"experts [3]"),
@@ -374,10 +376,17 @@ def scrape(endpoint: str) -> str:
         return cast(bytes, response.read()).decode()
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 async def test_sigterm_under_load_loses_no_frame_and_exits_0(
-    model: Path, experts: list[dict[int, PackedExpert]], generator: torch.Generator
+    model: Path,
+    experts: list[dict[int, PackedExpert]],
+    generator: torch.Generator,
+    num_threads: int,
 ) -> None:
-    """Every frame written before the stream ends is answered: computed, or told to go elsewhere."""
+    """Every frame written before the stream ends is answered: computed, or told to go elsewhere.
+
+    With one thread short frames are computed on the event loop, with two on the compute thread.
+    """
     frame = Frame(generator, experts, call_id=1, num_tokens=64)
     frame_bytes = frame.encode()
     answered = asyncio.Event()
@@ -402,7 +411,8 @@ async def test_sigterm_under_load_loses_no_frame_and_exits_0(
             assert await call.code() == grpc.StatusCode.OK
         return num_computed, num_refused
 
-    with running_worker(model, "1,2") as worker:
+    environment = {"EXPERTFLEET_NUM_THREADS": str(num_threads)}
+    with running_worker(model, "1,2", environment=environment) as worker:
         clients = [asyncio.create_task(client(worker.endpoint)) for _ in range(4)]
         await asyncio.wait_for(answered.wait(), 30)
         worker.terminate()

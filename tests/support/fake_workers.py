@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 
 from protos import experts_pb2
-from router_service.dispatch.transport import Answer
+from router_service.dispatch.transport import OnAnswer
 from services.core.errors import UnavailableError
 from services.core.expert_ffn import PackedExpert, moe_forward
 from services.core.model_config import ModelConfig
@@ -136,10 +135,10 @@ class FakeWorker:
             return encode_error(call_id=request.call_id, status=_STATUS[fault], error=fault)
         rows = moe_forward(
             self.model[request.layer],
-            request.hidden_states,
+            request.rows(self.dtype),
             request.assignments,
             combine=request.combine,
-        )
+        ).to(request.answer_dtype or self.dtype)
         if fault == "short":
             rows = rows[:-1]
         return encode_response(call_id=request.call_id, hidden_states=rows)
@@ -151,7 +150,7 @@ class FakeLink:
     def __init__(self, worker: FakeWorker, on_broken: Callable[[str], None]) -> None:
         self._worker = worker
         self._on_broken = on_broken
-        self._futures: list[asyncio.Future[Answer | None]] = []
+        self._in_flight: dict[int, OnAnswer] = {}
         self.broken: str | None = None
 
     async def describe(self, timeout_s: float) -> experts_pb2.DescribeResponse:
@@ -161,18 +160,20 @@ class FakeLink:
             self._worker.links.append(self)
         return self._worker.describe()
 
-    def send(self, stream: int, call_id: int, frame: bytes) -> asyncio.Future[Answer | None]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer | None] = loop.create_future()
-        self._futures.append(future)
+    def send(self, stream: int, call_id: int, frame: bytes, on_answer: OnAnswer) -> None:
         if self.broken is not None:
-            future.set_result(None)
-        elif self._worker.faults and self._worker.faults[0] == "break":
+            on_answer(None)
+            return
+        self._in_flight[call_id] = on_answer
+        loop = asyncio.get_running_loop()
+        if self._worker.faults and self._worker.faults[0] == "break":
             self._worker.faults.popleft()
             loop.call_soon(self.break_off, "broke on a frame")
         else:
-            loop.call_soon(self._deliver, frame, future)
-        return future
+            loop.call_soon(self._deliver, frame, call_id)
+
+    def forget(self, call_id: int) -> None:
+        self._in_flight.pop(call_id, None)
 
     async def close(self) -> None:
         self.break_off("closed")
@@ -183,19 +184,19 @@ class FakeLink:
         self.broken = reason
         if self in self._worker.links:
             self._worker.links.remove(self)
-        for future in self._futures:
-            if not future.done():
-                future.set_result(None)
+        waiting, self._in_flight = self._in_flight, {}
         self._on_broken(reason)
+        for on_answer in waiting.values():
+            on_answer(None)
 
-    def _deliver(self, frame: bytes, future: asyncio.Future[Answer | None]) -> None:
+    def _deliver(self, frame: bytes, call_id: int) -> None:
         if self.broken is not None:
             return
         response = self._worker.answer(frame)
-        if response is not None and not future.done():
-            future.set_result(
-                Answer(response=decode_response(response), received_at=time.monotonic())
-            )
+        on_answer = self._in_flight.get(call_id)
+        if response is not None and on_answer is not None:
+            del self._in_flight[call_id]
+            on_answer(decode_response(response))
 
 
 class FakeTransport:

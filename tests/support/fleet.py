@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from opentelemetry.trace import NoOpTracer
@@ -33,6 +34,7 @@ from services.core.generation import GenerateRequest, SamplingParams
 from services.core.memory_registry import MemoryRegistry
 from services.core.model_config import ModelConfig
 from services.core.placement import WorkerSlots
+from services.core.quantization.formats import WeightsSetting
 from services.core.settings import Settings, load_settings
 from services.core.static_registry import StaticRegistry
 from tests.support.eventually import eventually
@@ -43,10 +45,12 @@ NUM_THREADS = 1
 
 @asynccontextmanager
 async def running_workers(
-    folder: Path, placement: Sequence[WorkerSlots]
+    folder: Path, placement: Sequence[WorkerSlots], *, expert_weights: str = "auto"
 ) -> AsyncIterator[list[str]]:
     """One worker for each part of the placement; yields their endpoints once all are ready."""
-    fleet = _Fleet(settings=load_settings(model=str(folder), device="cpu"))
+    fleet = _Fleet(
+        settings=load_settings(model=str(folder), device="cpu", expert_weights=expert_weights)
+    )
     thread = LoopThread("workers")
     thread.start()
     try:
@@ -87,7 +91,8 @@ async def running_engine(
     block_size: int = 4,
     num_blocks: int = 96,
     max_num_batched_tokens: int = 24,
-    num_micro_batches: int = 1,
+    num_micro_batches: int | Literal["auto"] = 1,
+    shard_weights: WeightsSetting = "auto",
 ) -> AsyncIterator[Engine]:
     """The engine over the workers at `endpoints`, ready."""
     checkpoint = Checkpoint.open(str(folder))
@@ -104,7 +109,9 @@ async def running_engine(
             max_model_len=config.max_position_embeddings,
             max_num_batched_tokens=max_num_batched_tokens,
         ),
-        decoder=MixtralDecoder.load(checkpoint, dtype=dtype, device=device),
+        decoder=MixtralDecoder.load(
+            checkpoint, dtype=dtype, device=device, shard_weights=shard_weights
+        ),
         kv_cache=KVCache(
             config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
         ),

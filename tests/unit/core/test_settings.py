@@ -24,6 +24,8 @@ def test_variables_and_overrides_are_read(monkeypatch: pytest.MonkeyPatch) -> No
         ("EXPERTFLEET_DTYPE", "int3"),
         ("EXPERTFLEET_TRACE_SAMPLE_RATIO", "7"),
         ("EXPERTFLEET_FLEET", "no spaces please"),
+        ("EXPERTFLEET_NUM_MICRO_BATCHES", "0"),
+        ("EXPERTFLEET_NUM_MICRO_BATCHES", "some"),
     ],
 )
 def test_a_bad_variable_is_named_with_its_value(
@@ -32,6 +34,15 @@ def test_a_bad_variable_is_named_with_its_value(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError, match=f"{variable}.*{value}"):
         load_settings()
+
+
+def test_the_number_of_micro_batches_is_a_number_or_chosen_from_measurements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert load_settings().num_micro_batches == "auto"
+    for value, expected in (("2", 2), ("auto", "auto")):
+        monkeypatch.setenv("EXPERTFLEET_NUM_MICRO_BATCHES", value)
+        assert load_settings().num_micro_batches == expected
 
 
 def test_standard_names_are_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
