@@ -30,6 +30,7 @@ from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import ExpertBackend, StepContext
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.grpc_options import GRPC_ENVIRONMENT
+from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
 from services.core.static_registry import StaticRegistry, parse_endpoints
 
@@ -74,13 +75,17 @@ async def _compare(model: str, endpoints: str, num_workers: int, tokens: list[in
         dtype=torch.bfloat16,
     )
     await remote.wait_ready()
+    cores = len(os.sched_getaffinity(0))
     try:
         for count in tokens:
             local_us: list[float] = []
             remote_us: list[float] = []
             remote.take_timings()
             for _ in range(ROUNDS):
+                # As the launcher sets them: all cores in process, one left for I/O beside workers.
+                set_num_threads(cores)
                 local_us.append(await _round_us(local, checkpoint.config, count))
+                set_num_threads(max(1, cores - 1))
                 remote_us.append(await _round_us(remote, checkpoint.config, count))
             near, far = statistics.median(local_us), statistics.median(remote_us)
             sys.stdout.write(
