@@ -34,7 +34,7 @@ from router_service.session_tier.session_tier import SessionTier
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.expert_ffn import computed_digest
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
-from services.core.kernels.choice import set_num_threads
+from services.core.kernels.choice import kernels_name, native_kernels_for, set_num_threads
 from services.core.lease import Lease
 from services.core.memory_registry import MemoryRegistry
 from services.core.metrics import MetricsServer, new_registry
@@ -124,7 +124,6 @@ class AttentionShard:
             device=model.decoder.device,
             # With the experts in process there is nothing to wait for, hence nothing to overlap.
             num_micro_batches=1 if model.has_local_experts else settings.num_micro_batches,
-            num_threads=settings.num_threads,
             session_tier=sessions,
             tracer=tracing.tracer,
             step_sample_interval=settings.step_sample_interval,
@@ -143,10 +142,11 @@ class AttentionShard:
         engine.start()
         shard._start_lease()
         log.info(
-            "%s on %s in %s, %d KV blocks of %d tokens",
+            "%s on %s in %s (%s), %d KV blocks of %d tokens",
             checkpoint.name,
             model.decoder.device,
             dtype_name(dtype),
+            kernels_name(dtype, model.decoder.device),
             model.kv_cache.num_blocks,
             settings.block_size,
         )
@@ -237,12 +237,13 @@ async def _load_model(
     settings: Settings, in_process_experts: bool, tracer: Tracer, metrics: CollectorRegistry
 ) -> _Model:
     """Everything that holds tensors, and the experts once every slot has a replica."""
-    if settings.num_threads is not None:
-        set_num_threads(settings.num_threads)
     checkpoint = Checkpoint.open(settings.model)
     config = checkpoint.config
     device = resolve_device(settings.device)
     dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
+    if settings.num_threads is not None:
+        is_native = native_kernels_for(dtype, device) is not None
+        set_num_threads(settings.num_threads, is_native=is_native)
     resolve_reproducible(settings.reproducible, config, dtype=dtype, device=device)
     checkpoint.require(non_expert=True)
     decoder = MixtralDecoder.load(
