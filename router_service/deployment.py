@@ -234,12 +234,10 @@ def scale_shards(context: Any) -> tuple[int, dict[str, Any]]:
     return wanted, {}
 
 
-def start(application: Any, *, ray_dir: Path, num_gpus: int) -> None:
-    """Start Ray on this machine alone, and Serve with the application; returns when it runs.
+def start_ray(*, ray_dir: Path, num_gpus: int) -> None:
+    """Start Ray on this machine alone. It installs signal handlers of its own.
 
     The environment of `ray_environment` must have been set before this module was imported.
-    Raises `CheckpointError` or `ConfigurationError` when a shard refused its input,
-    `UnavailableError` with the replica's own words when it did not come up otherwise.
     """
     ray.init(
         num_cpus=1,
@@ -250,6 +248,14 @@ def start(application: Any, *, ray_dir: Path, num_gpus: int) -> None:
         _temp_dir=str(ray_dir),
         object_store_memory=128 << 20,
     )
+
+
+def serve_application(application: Any) -> None:
+    """Deploy on the running Ray; returns when gateway and shards serve.
+
+    Raises `CheckpointError` or `ConfigurationError` when a shard refused its input,
+    `UnavailableError` with the replica's own words when it did not come up otherwise.
+    """
     serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
     try:
         serve.run(

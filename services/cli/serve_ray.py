@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
@@ -26,7 +27,6 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = load_settings()
     configure_logging(settings.log_level, service="expertfleet-ray", instance="host")
-    stop = threading.Event()
     # Imported after the environment that the launcher set; it imports Ray.
     from router_service import deployment
 
@@ -39,21 +39,25 @@ def main() -> int:
         num_gpus_per_shard=1.0 if arguments.num_gpus >= arguments.max_shards else 0.0,
     )
     try:
-        deployment.start(
-            application,
-            ray_dir=arguments.ray_dir,
-            num_gpus=arguments.num_gpus,
-        )
-        # After Ray's start, which installs handlers of its own.
+        deployment.start_ray(ray_dir=arguments.ray_dir, num_gpus=arguments.num_gpus)
+        # After Ray's start, which installs handlers of its own, and before the gateway answers.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
+            signal.signal(number, _leave)
+        deployment.serve_application(application)
+        threading.Event().wait()
     except (CheckpointError, ConfigurationError) as error:
         sys.stderr.write(f"{error.message}\n")
         return EXIT_BAD_INPUT
     finally:
         deployment.stop(STOP_GRACEFULLY_S)
     return 0
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """Unwind whatever waits, once; a second signal must not disturb the stopping."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":
