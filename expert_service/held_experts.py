@@ -68,10 +68,12 @@ def load_experts(
     device: torch.device,
     cancelled: threading.Event,
     expert_weights: WeightsSetting = "auto",
+    computed_by: str = "",
 ) -> HeldExperts:
     """Read, pack and release the slots' tensors one after the other.
 
-    `expert_weights` says what they are held as; auto: as they are stored.
+    `expert_weights` says what they are held as; auto: as they are stored. `computed_by` names the
+    kernels where replicas that round otherwise must not stand in for each other.
 
     Raises `CheckpointError` naming file and tensor, `UnsupportedModelError`, or
     `LoadingCancelledError` between two experts after `cancelled` was set.
@@ -93,7 +95,7 @@ def load_experts(
         )
         stored_digest = checkpoint.slot_digest(layer, expert)
         held_as = layers[layer][expert].weight_format
-        digests[layer, expert] = computed_digest(stored_digest, held_as)
+        digests[layer, expert] = computed_digest(stored_digest, held_as + computed_by)
         if time.monotonic() >= next_log:
             _logger.info(
                 "loaded %d of %d experts, %d MB read",

@@ -24,7 +24,8 @@ from expert_service.slots import select_slots
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
 from services.core.checkpoints.checkpoint import Checkpoint
-from services.core.kernels.choice import kernels_name, set_num_threads
+from services.core.errors import ConfigurationError
+from services.core.kernels.choice import kernels_name, native_kernels_for, set_num_threads
 from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName
 from services.core.settings import Settings
@@ -168,6 +169,7 @@ class ExpertWorker:
             device=device,
             cancelled=cancelled,
             expert_weights=settings.expert_weights,
+            computed_by=_kernels_to_agree_on(settings, dtype, device),
         )
         map_blocks_from(_SERVING_MAPPED_BYTES)
         return checkpoint, experts
@@ -226,6 +228,23 @@ class ExpertWorker:
             described.MergeFrom(_describe_held(self._checkpoint, self._experts))
             described.model = self._settings.served_model_name or self._checkpoint.name
         return described
+
+
+def _kernels_to_agree_on(settings: Settings, dtype: torch.dtype, device: torch.device) -> str:
+    """Name of what computes, if answers must be reproducible; else nothing.
+
+    Raises `ConfigurationError` where a row's bits would depend on the rows beside it.
+    """
+    if not settings.reproducible:
+        return ""
+    if native_kernels_for(dtype, device) is None:
+        raise ConfigurationError(
+            f"experts computed by torch in {dtype} on {device} are not reproducible: "
+            "use bfloat16 or float32 on a CPU with AVX2, and build the native kernels with "
+            "`python -m services.core.kernels.build`; or start without --reproducible",
+            setting="reproducible",
+        )
+    return kernels_name(dtype, device)
 
 
 def _describe_held(checkpoint: Checkpoint, experts: HeldExperts) -> experts_pb2.DescribeResponse:

@@ -104,6 +104,10 @@ class AttentionShard:
         non_expert_digest = checkpoint.non_expert_digest()
         if settings.shard_weights != "auto":
             non_expert_digest = computed_digest(non_expert_digest, settings.shard_weights)
+        if settings.reproducible:
+            # A session's KV is then only for shards that round as this one does.
+            kernels = kernels_name(dtype, model.decoder.device)
+            non_expert_digest = computed_digest(non_expert_digest, kernels)
         fingerprint = model_fingerprint(config, non_expert_digest, experts.slot_digests())
         sessions = _session_tier(settings, config, dtype, fingerprint)
         engine = Engine(

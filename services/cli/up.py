@@ -37,6 +37,10 @@ def up(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
     expert_weights: Annotated[str | None, typer.Option(help="auto, int8 or int4")] = None,
     shard_weights: Annotated[str | None, typer.Option(help="auto, int8 or int4")] = None,
+    reproducible: Annotated[
+        bool | None,
+        typer.Option(help="refuse to start where answers could depend on other requests"),
+    ] = None,
     state_dir: Annotated[Path | None, typer.Option(help="logs, traces, sockets")] = None,
     store_bytes: Annotated[
         int, typer.Option(min=1 << 20, help="memory of the embedded session store")
@@ -55,6 +59,7 @@ def up(
         device=device,
         expert_weights=expert_weights,
         shard_weights=shard_weights,
+        reproducible=reproducible,
     )
     config = load_model_config(find_model(settings.model).folder)
     min_shards, max_shards = _parse_shards(shards)

@@ -618,3 +618,11 @@ def test_sigterm_while_starting_ends_the_worker(model: Path) -> None:
     with running_worker(model, "1-2", wait_ready=False) as worker:
         worker.terminate()
         assert worker.wait() == 0
+
+
+def test_a_worker_that_could_not_be_reproducible_refuses_to_start(model: Path) -> None:
+    environment = {"EXPERTFLEET_REPRODUCIBLE": "true", "EXPERTFLEET_DTYPE": "float16"}
+    status, log = run_worker_to_end(model, "0", environment=environment)
+    assert status == 2
+    assert "not reproducible" in log
+    assert "--reproducible" in log

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,19 @@ def test_loading_stops_when_it_is_cancelled(model: Path) -> None:
     with pytest.raises(LoadingCancelledError):
         load_experts(checkpoint, SLOTS, dtype=torch.float32, device=CPU, cancelled=cancelled)
     assert checkpoint.bytes_read == 0
+
+
+def test_digests_differ_by_the_kernels_where_those_must_agree(model: Path) -> None:
+    def digests(computed_by: str) -> Mapping[Slot, bytes]:
+        return load_experts(
+            Checkpoint.open(str(model)),
+            SLOTS,
+            dtype=torch.float32,
+            device=CPU,
+            cancelled=threading.Event(),
+            computed_by=computed_by,
+        ).digests
+
+    assert digests("") == load(model, SLOTS).digests
+    assert digests("native avx2") == digests("native avx2")
+    assert not set(digests("native avx2").values()) & set(digests("native amx").values())
