@@ -5,8 +5,9 @@ ARGS ?=
 PROTOS := protos/experts.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos protos-check demo-model bench bench-peers bench-attention bench-long-context bench-delay bench-dispatch bench-gateway \
-	bench-gpu bench-perplexity bench-plan bench-wide clean
+.PHONY: help setup serve test check format protos protos-check demo-model clean \
+	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
+	bench-gpu bench-long-context bench-perplexity bench-plan bench-wide
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +59,9 @@ bench-wide: setup ## serve one layer of 8x22B's width on eight workers; needs 6 
 
 bench-attention: setup ## measure native attention beside torch's
 	$(PY) -m benchmarks.attention $(ARGS)
+
+bench-experts: setup ## measure one expert's native kernels beside torch's
+	$(PY) -m benchmarks.experts $(ARGS)
 
 bench-long-context: setup ## measure decoding at 1k to 64k tokens of context
 	$(PY) -m benchmarks.long_context $(ARGS)

@@ -10,6 +10,7 @@ import openai
 import pytest
 import redis
 
+from services.core.kernels.library import native_library
 from services.core.model_config import load_model_config
 from services.sessions.block_codec import HEADER_BYTES, encode_block
 from services.sessions.store import BlockLayout
@@ -189,7 +190,7 @@ def _take_from_another_model(store: redis.Redis, key: bytes) -> None:
         block_size=16,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        dtype="float32",
+        dtype="bfloat16" if native_library() else "float32",
     )
     payload = bytes(store.get(key) or b"")[HEADER_BYTES:]  # type: ignore[arg-type]
     block_hash = bytes.fromhex(key.decode().rsplit(":", 1)[1])
