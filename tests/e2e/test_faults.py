@@ -157,7 +157,8 @@ def _shard_metrics(product: Product) -> str:
 
 def _num_whole_blocks(store: redis.Redis) -> int:
     config = load_model_config(DEMO_MODEL)
-    whole_bytes = HEADER_BYTES + config.kv_bytes_per_token(4) * 16
+    value_bytes = 2 if native_library() else 4
+    whole_bytes = HEADER_BYTES + config.kv_bytes_per_token(value_bytes) * 16
     return sum(store.strlen(key) == whole_bytes for key in store.scan_iter("expertfleet:*:kv:*"))
 
 
