@@ -43,8 +43,10 @@ def test_waiting_tokens_bring_a_second_shard_and_sessions_stick_to_theirs(
         answers = [future.result() for future in load]
     assert all(answer["choices"][0]["finish_reason"] == "length" for answer in answers)
 
+    # A shard's lease is there before requests are routed to it, and a session moves to a new shard.
+    num_asked = 24 * 160 + _ask_until_all_answer(product)
     wait_until(
-        lambda: sum(_generated(product).values()) == 24 * 160,
+        lambda: sum(_generated(product).values()) == num_asked,
         timeout_s=20,
         what="leases that tell of all tokens",
     )
@@ -52,12 +54,28 @@ def test_waiting_tokens_bring_a_second_shard_and_sessions_stick_to_theirs(
     for turn in range(6):
         _ask(product, f"def turn_{turn}():\n", 8, SESSION)
     wait_until(
-        lambda: sum(_generated(product).values()) == 24 * 160 + 48,
+        lambda: sum(_generated(product).values()) == num_asked + 48,
         timeout_s=20,
         what="leases that tell of the session's tokens",
     )
     gained = {shard: count - before.get(shard, 0) for shard, count in _generated(product).items()}
     assert sorted(gained.values()) == [0, 48]
+
+
+def _ask_until_all_answer(product: Product) -> int:
+    """Ask for single tokens until every shard has given some; returns how many were asked for."""
+    num_asked = 0
+
+    def have_all_answered() -> bool:
+        nonlocal num_asked
+        if all(_generated(product).values()):
+            return True
+        _ask(product, "def", 1, None)
+        num_asked += 1
+        return False
+
+    wait_until(have_all_answered, timeout_s=90, what="tokens from every shard")
+    return num_asked
 
 
 def _long_prompt(number: int) -> list[int]:
