@@ -26,6 +26,7 @@ def main() -> int:
         settings,
         experts=arguments.experts,
         layers=arguments.layers,
+        slots=arguments.slots,
         host=arguments.host,
         port=arguments.port,
         worker_id=arguments.worker_id,
@@ -37,8 +38,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m expert_service", description=__doc__)
     parser.add_argument("--model", help="folder of a checkpoint, or a hub id")
-    parser.add_argument("--experts", required=True, help="expert indices, e.g. 0,1 or 4-7")
+    parser.add_argument("--experts", help="expert indices, e.g. 0,1 or 4-7")
     parser.add_argument("--layers", help="layers, e.g. 0-15; default: all")
+    parser.add_argument("--slots", help="instead: layers:experts;..., e.g. 0-3:0,1;5:7")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="gRPC port; 0 picks a free one")
     parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus port")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from expert_service.frame_queue import FrameQueue
-from expert_service.held_experts import HeldExperts
+from expert_service.held_experts import HeldExperts, held_together
 from services.core.bit_patterns import bit_patterns, is_all_finite
 from services.core.errors import ExpertfleetError, MalformedFrameError
 from services.core.expert_ffn import MoeInput, moe_forward_each
-from services.core.kernels.choice import native_kernels_for, set_num_threads
+from services.core.kernels.choice import set_num_threads
 from services.core.wire import RequestFrame
 
 _STOP_TIMEOUT_S = 1.0
@@ -33,6 +33,8 @@ class Job:
     """A frame to compute."""
 
     frame: RequestFrame
+    held: HeldExperts
+    """What the worker held when it accepted the frame: it lives until the frame is computed."""
     arrived_ns: int
     """Of `time.perf_counter_ns`."""
     is_wanted: Callable[[], bool]
@@ -62,12 +64,12 @@ class ComputeThread:
 
     def __init__(
         self,
-        experts: HeldExperts,
         *,
         num_threads: int,
+        is_native: bool,
         deliver: Callable[[Sequence[Outcome]], None],
     ) -> None:
-        self._experts = experts
+        self._is_native = is_native
         self._num_threads = num_threads
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -86,14 +88,16 @@ class ComputeThread:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        experts = self._experts
-        is_native = native_kernels_for(experts.dtype, experts.device) is not None
-        set_num_threads(self._num_threads, is_native=is_native)  # torch's are this thread's only
+        # torch's are this thread's only
+        set_num_threads(self._num_threads, is_native=self._is_native)
         waiting: FrameQueue[Job] = FrameQueue()
         while self._receive(waiting):
-            jobs = [job for job in waiting.take() if job.is_wanted()]
-            if jobs:
-                self._deliver(compute_jobs(self._experts, jobs))
+            self._compute(waiting.take())
+
+    def _compute(self, jobs: Sequence[Job]) -> None:
+        """In a call of its own, so that nothing computed is kept while the thread waits."""
+        if wanted := [job for job in jobs if job.is_wanted()]:
+            self._deliver(compute_jobs(wanted))
 
     def _receive(self, waiting: FrameQueue[Job]) -> bool:
         """Move everything sent so far into `waiting`; block while there is nothing to do."""
@@ -118,9 +122,10 @@ def is_short(held: HeldExperts, frame: RequestFrame) -> bool:
     return cost_bytes <= _SHORT_BYTES
 
 
-def compute_jobs(held: HeldExperts, jobs: Sequence[Job]) -> list[Outcome]:
-    """Compute frames of one layer together, on the calling thread."""
+def compute_jobs(jobs: Sequence[Job]) -> list[Outcome]:
+    """Compute frames of one layer together, on the calling thread. At least one."""
     started_ns = time.perf_counter_ns()
+    held = held_together([job.held for job in jobs])
     results = _compute_frames(held, [job.frame for job in jobs])
     compute_us = (time.perf_counter_ns() - started_ns) // 1000
     batch_rows = sum([job.frame.num_assignments for job in jobs])

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc.aio
 import torch
@@ -27,8 +28,14 @@ from services.core.errors import (
     MalformedFrameError,
     UnknownExpertError,
 )
-from services.core.kernels.choice import set_num_threads
-from services.core.wire import RequestFrame, decode_request, encode_error, encode_response
+from services.core.kernels.choice import native_kernels_for, set_num_threads
+from services.core.wire import (
+    RequestFrame,
+    decode_request,
+    encode_error,
+    encode_response,
+    too_large_error,
+)
 
 MAX_FRAMES_IN_HAND = 4
 """Times the largest frame: the bytes of requests that all streams together may have in hand."""
@@ -40,6 +47,34 @@ _STATUS_OF_ERROR: tuple[tuple[type[ExpertfleetError], experts_pb2.DispatchStatus
     (DrainingError, experts_pb2.DISPATCH_STATUS_DRAINING),
     (MalformedFrameError, experts_pb2.DISPATCH_STATUS_INVALID_FRAME),
 )
+
+
+class FrameSource(Protocol):
+    """Where a frame came from and its answer goes."""
+
+    def is_open(self) -> bool:
+        """Whether anybody waits for answers."""
+        ...
+
+    def take(self, num_bytes: int) -> None:
+        """A frame has come and is in hand until it is answered."""
+        ...
+
+    def accept(self, num_bytes: int) -> None:
+        """It is going to be computed."""
+        ...
+
+    def put_answer(self, answer: Answer) -> None: ...
+
+
+class Lane(Protocol):
+    """What else computes with the experts: see `expert_service.lane.WorkerLane`."""
+
+    def hold(self, experts: HeldExperts | None) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
 StreamContext = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -63,6 +98,11 @@ class DispatchService:
         self._computes_short_frames = False
         self._short_jobs: FrameQueue[Job] = FrameQueue()
         self._is_draining = False
+        self._lane: Lane | None = None
+
+    def attach(self, lane: Lane) -> None:
+        """Keep `lane` told of what is held, and drain and close it with this. Before `open`."""
+        self._lane = lane
 
     def open(self, experts: HeldExperts, *, num_threads: int) -> None:
         """Take frames from now on. Call on the event loop.
@@ -77,22 +117,38 @@ class DispatchService:
             with contextlib.suppress(RuntimeError):  # the loop is gone: so are all streams
                 loop.call_soon_threadsafe(self._hand_out, outcomes)
 
-        self._compute = ComputeThread(experts, num_threads=num_threads, deliver=deliver)
+        is_native = native_kernels_for(experts.dtype, experts.device) is not None
+        self._compute = ComputeThread(num_threads=num_threads, is_native=is_native, deliver=deliver)
         self._compute.start()
         self._experts = experts
         self._computes_short_frames = num_threads == 1 and experts.device.type == "cpu"
         if self._computes_short_frames:
             set_num_threads(1)
+        if self._lane is not None:
+            self._lane.hold(experts)
+
+    def replace(self, experts: HeldExperts) -> None:
+        """Take frames for these experts from now on; frames in hand are computed with those that
+        were held when they came. Call on the event loop, after `open`, with the same dtype and
+        device."""
+        self._experts = experts
+        if self._lane is not None and not self._is_draining:
+            self._lane.hold(experts)
 
     async def drain(self) -> None:
         """Refuse new frames; when everything accepted is answered, end all streams."""
         self._is_draining = True
+        if self._lane is not None:
+            self._lane.hold(None)
+            await self._lane.drain()
         await self._accepted.wait_until_empty()
         for stream in self._streams:
             stream.end_when_answered()
 
     def close(self) -> None:
         """Stop computing. Blocks until the batch in hand is done, a second at most."""
+        if self._lane is not None:
+            self._lane.close()
         if self._compute is not None:
             self._compute.stop()
             self._compute = None
@@ -122,11 +178,12 @@ class DispatchService:
                 frame = await context.read()
                 if frame is EOF:
                     return
-                self._accept(frame, stream)
+                self.accept(frame, stream)
         finally:
             stream.end_when_answered()
 
-    def _accept(self, frame_bytes: bytes, stream: _Stream) -> None:
+    def accept(self, frame_bytes: bytes, stream: FrameSource) -> None:
+        """Have a frame answered, now or when it is computed. Call on the event loop."""
         arrived_ns = time.perf_counter_ns()
         call_id = 0
         stream.take(len(frame_bytes))
@@ -136,11 +193,12 @@ class DispatchService:
             experts, compute = self._check(frame)
         except ExpertfleetError as error:
             refusal = self._error_frame(error.details.get("call_id", call_id), error)
-            stream.put_answer(_Answer(frame=refusal, request_bytes=len(frame_bytes)))
+            stream.put_answer(Answer(frame=refusal, request_bytes=len(frame_bytes)))
             return
         stream.accept(len(frame_bytes))
         job = Job(
             frame=frame,
+            held=experts,
             arrived_ns=arrived_ns,
             is_wanted=stream.is_open,
             on_done=lambda outcome: self._answer(stream, outcome, len(frame_bytes)),
@@ -151,6 +209,12 @@ class DispatchService:
             asyncio.get_running_loop().call_soon(self._compute_short_jobs)
         else:
             compute.submit(job)
+
+    def refuse_too_large(self, num_bytes: int, rest: bytes, stream: FrameSource) -> None:
+        """Answer a frame of which only the fields after its payload were kept."""
+        error = too_large_error(num_bytes, rest, self._max_frame_bytes)
+        refusal = self._error_frame(error.details["call_id"], error)
+        stream.put_answer(Answer(frame=refusal, request_bytes=len(rest)))
 
     def _check(self, frame: RequestFrame) -> tuple[HeldExperts, ComputeThread]:
         """What to compute with and on; raises what the frame asks for in vain."""
@@ -165,8 +229,8 @@ class DispatchService:
     @torch.inference_mode()
     def _compute_short_jobs(self) -> None:
         jobs = [job for job in self._short_jobs.take() if job.is_wanted()]
-        if jobs and self._experts is not None:
-            self._hand_out(compute_jobs(self._experts, jobs))
+        if jobs:
+            self._hand_out(compute_jobs(jobs))
 
     def _hand_out(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -174,7 +238,7 @@ class DispatchService:
         # Counted in the loop's next round, after the answers are written.
         asyncio.get_running_loop().call_soon(self._record, outcomes)
 
-    def _answer(self, stream: _Stream, outcome: Outcome, num_bytes: int) -> None:
+    def _answer(self, stream: FrameSource, outcome: Outcome, num_bytes: int) -> None:
         frame, result = outcome.job.frame, outcome.result
         if isinstance(result, ExpertfleetError):
             response = self._error_frame(frame.call_id, result)
@@ -185,11 +249,10 @@ class DispatchService:
                 queue_us=outcome.queue_us,
                 compute_us=outcome.compute_us,
             )
-        stream.put_answer(
-            _Answer(frame=response, request_bytes=num_bytes, accepted_bytes=num_bytes)
-        )
+        stream.put_answer(Answer(frame=response, request_bytes=num_bytes, accepted_bytes=num_bytes))
 
     def _record(self, outcomes: Sequence[Outcome]) -> None:
+        self._stats.record_busy(outcomes[0].compute_us)  # computed together
         for outcome in outcomes:
             if not isinstance(outcome.result, ExpertfleetError):
                 self._stats.record_computed(outcome)
@@ -229,7 +292,7 @@ def check_rows(frame: RequestFrame, dtype: torch.dtype, hidden_size: int) -> Non
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class Answer:
     """A response, and the bytes of its request that are in hand until it is written."""
 
     frame: bytes
@@ -248,7 +311,7 @@ class _Stream:
         self._in_hand = ByteBudget(max_bytes)
         self._accepted = accepted
         self._accepted_bytes = 0
-        self._answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._is_open = True
         self._is_ending = False
 
@@ -266,15 +329,15 @@ class _Stream:
         self._accepted_bytes += num_bytes
         self._accepted.take(num_bytes)
 
-    def put_answer(self, answer: _Answer) -> None:
+    def put_answer(self, answer: Answer) -> None:
         if self._is_open:
             self._answers.put_nowait(answer)
 
-    async def next_answer(self) -> _Answer | None:
+    async def next_answer(self) -> Answer | None:
         """The next answer to write; None when the stream is to end."""
         return await self._answers.get()
 
-    def release(self, answer: _Answer) -> None:
+    def release(self, answer: Answer) -> None:
         """The answer is written: its request is no longer in hand."""
         self._in_hand.release(answer.request_bytes)
         self._accepted_bytes -= answer.accepted_bytes

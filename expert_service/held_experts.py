@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,11 @@ class HeldExperts:
     def weight_bytes(self) -> int:
         return sum(e.weight_bytes for experts in self.layers.values() for e in experts.values())
 
+    @property
+    def slot_bytes(self) -> int:
+        """Of the largest slot: they differ where some are stored quantised."""
+        return max(e.weight_bytes for experts in self.layers.values() for e in experts.values())
+
     def check_slots(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Raise `UnknownExpertError` naming what is not held."""
         experts = self.layers.get(layer)
@@ -54,6 +59,33 @@ class HeldExperts:
                 f"experts {missing} of layer {layer} are not held here; this worker has "
                 f"{_ranges(sorted(experts))}"
             )
+
+    def with_slots(self, loaded: HeldExperts) -> HeldExperts:
+        """These and those of `loaded`, which are taken where a slot is in both."""
+        layers = {layer: dict(experts) for layer, experts in self.layers.items()}
+        for layer, experts in loaded.layers.items():
+            layers.setdefault(layer, {}).update(experts)
+        return replace(self, layers=layers, digests={**self.digests, **loaded.digests})
+
+    def without_slots(self, slots: Collection[Slot]) -> HeldExperts:
+        """These save `slots`; a layer of which nothing is left is gone."""
+        kept = {
+            layer: {e: weights for e, weights in experts.items() if (layer, e) not in slots}
+            for layer, experts in self.layers.items()
+        }
+        return replace(
+            self,
+            layers={layer: experts for layer, experts in kept.items() if experts},
+            digests={slot: digest for slot, digest in self.digests.items() if slot not in slots},
+        )
+
+
+def held_together(snapshots: Sequence[HeldExperts]) -> HeldExperts:
+    """What computes frames that were accepted while one or another of `snapshots` was held."""
+    together, *others = {id(held): held for held in snapshots}.values()
+    for held in others:
+        together = together.with_slots(held)
+    return together
 
 
 class LoadingCancelledError(Exception):

@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Sequence
 
 import torch
 import uvloop
@@ -17,7 +16,7 @@ import uvloop
 from expert_service.dispatch import DispatchService
 from expert_service.frame_spans import FrameSpans
 from expert_service.server import join_host_port
-from expert_service.slots import parse_indices
+from expert_service.slots import SlotGroup, parse_indices, parse_slots
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
@@ -40,8 +39,9 @@ _logger = logging.getLogger(__name__)
 def run_worker(
     settings: Settings,
     *,
-    experts: str | Sequence[int],
+    experts: str | None = None,
     layers: str | None = None,
+    slots: str | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
     worker_id: str | None = None,
@@ -50,7 +50,8 @@ def run_worker(
 ) -> int:
     """Serve until SIGTERM or SIGINT and return the exit status. Blocks; call in the main thread.
 
-    `experts` and `layers` are like "0,1,4-6" (`layers` None: all of them). A second signal ends
+    `experts` and `layers` are like "0,1,4-6" (`layers` None: all of them); `slots`, instead of
+    both, like "0-3:0,1;5:7" (layers of experts; `parse_slots`). A second signal ends
     the process at once.
     """
     worker_id = worker_id or f"worker-{secrets.token_hex(4)}"
@@ -61,8 +62,7 @@ def run_worker(
     try:
         options = WorkerOptions(
             worker_id=worker_id,
-            experts=_indices(experts, "experts"),
-            layers=_indices(layers, "layers") if layers is not None else None,
+            slots=_slot_groups(experts, layers, slots),
             host=host,
             port=port,
             metrics_port=metrics_port,
@@ -101,6 +101,7 @@ async def serve(settings: Settings, options: WorkerOptions) -> bool:
             options,
             dispatch=dispatch,
             stats=stats,
+            tracer=tracing.tracer,
             registry=registry,
             metrics_endpoint=join_host_port(options.advertised_host, metrics.port),
         )
@@ -125,8 +126,22 @@ def _stop_on_signals(worker: ExpertWorker) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-def _indices(given: str | Sequence[int], setting: str) -> tuple[int, ...]:
-    return parse_indices(given, setting=setting) if isinstance(given, str) else tuple(given)
+def _slot_groups(
+    experts: str | None, layers: str | None, slots: str | None
+) -> tuple[SlotGroup, ...]:
+    if slots is not None and experts is None and layers is None:
+        return parse_slots(slots)
+    if slots is not None or experts is None:
+        raise ConfigurationError(
+            "say what the worker is to hold by --experts (and --layers), or by --slots alone",
+            setting="slots",
+        )
+    return (
+        SlotGroup(
+            experts=parse_indices(experts, setting="experts"),
+            layers=None if layers is None else parse_indices(layers, setting="layers"),
+        ),
+    )
 
 
 def _fitted_threads() -> int:

@@ -1,4 +1,4 @@
-"""The worker's gRPC server: Dispatch, Describe, standard health and reflection."""
+"""The worker's gRPC server: Dispatch, Describe, control, standard health and reflection."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from expert_service.control_calls import WorkerControl
 from expert_service.dispatch import DispatchService
 from protos import experts_pb2
 from services.core.errors import ConfigurationError
@@ -22,13 +23,21 @@ Describe = Callable[
 
 
 class WorkerServer:
-    """Answers health from `start` on: NOT_SERVING until `set_serving(True)`."""
+    """Answers health from `start` on: NOT_SERVING until `set_serving(True)`.
+
+    Without `control`, what the worker holds cannot be changed.
+    """
 
     def __init__(
-        self, *, dispatch: DispatchService, describe: Describe, max_frame_bytes: int
+        self,
+        *,
+        dispatch: DispatchService,
+        describe: Describe,
+        control: WorkerControl | None = None,
+        max_frame_bytes: int,
     ) -> None:
         self._server = grpc.aio.server(options=server_options(max_frame_bytes))
-        self._server.add_generic_rpc_handlers((_handlers(dispatch, describe),))
+        self._server.add_generic_rpc_handlers((_handlers(dispatch, describe, control),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -61,7 +70,9 @@ def join_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _handlers(dispatch: DispatchService, describe: Describe) -> grpc.GenericRpcHandler[Any, Any]:
+def _handlers(
+    dispatch: DispatchService, describe: Describe, control: WorkerControl | None
+) -> grpc.GenericRpcHandler[Any, Any]:
     """Dispatch carries raw bytes: frames are coded by hand (services/core/wire.py)."""
     return grpc.method_handlers_generic_handler(
         SERVICE_NAME,
@@ -72,5 +83,6 @@ def _handlers(dispatch: DispatchService, describe: Describe) -> grpc.GenericRpcH
                 request_deserializer=experts_pb2.DescribeRequest.FromString,
                 response_serializer=experts_pb2.DescribeResponse.SerializeToString,
             ),
+            **(control.handlers() if control else {}),
         },
     )

@@ -6,35 +6,32 @@ import asyncio
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import TypeVar
 
-import psutil
-import torch
+from opentelemetry.trace import Tracer
 
-from expert_service.allocator import map_blocks_from
+from expert_service.control_calls import WorkerControl, slot_messages
 from expert_service.dispatch import DispatchService
-from expert_service.held_experts import HeldExperts, LoadingCancelledError, load_experts
+from expert_service.expert_loader import ExpertLoader
+from expert_service.held_experts import HeldExperts, LoadingCancelledError
+from expert_service.lane import WorkerLane
 from expert_service.server import WorkerServer, join_host_port
-from expert_service.slots import select_slots
+from expert_service.slot_control import SlotControl
+from expert_service.slots import SlotGroup, select_slots
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
 from services.core.checkpoints.checkpoint import Checkpoint
-from services.core.errors import ConfigurationError
-from services.core.kernels.choice import kernels_name, native_kernels_for, set_num_threads
+from services.core.kernels.choice import kernels_name
 from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName
 from services.core.settings import Settings
-from services.core.tensor_codec import DTYPE_TO_PROTO, resolve_device, torch_dtype
+from services.core.tensor_codec import DTYPE_TO_PROTO
 
 _STOP_GRACE_S = 0.5
-_LOADING_MAPPED_BYTES = 1 << 20
-_SERVING_MAPPED_BYTES = 32 << 20
-_T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
 _STATES = {
@@ -48,13 +45,12 @@ _STATES = {
 class WorkerOptions:
     """What one worker is told apart from the fleet's settings.
 
-    `layers` None is every layer. `port` 0 takes a free one. Others reach the worker at
+    `port` 0 takes a free one. Others reach the worker at
     `advertised_host`.
     """
 
     worker_id: str
-    experts: Sequence[int]
-    layers: Sequence[int] | None
+    slots: Sequence[SlotGroup]
     host: str
     port: int
     advertised_host: str
@@ -72,6 +68,7 @@ class ExpertWorker:
         *,
         dispatch: DispatchService,
         stats: WorkerStats,
+        tracer: Tracer,
         registry: Registry | None = None,
         metrics_endpoint: str | None = None,
     ) -> None:
@@ -83,11 +80,21 @@ class ExpertWorker:
         self._state: WorkerStateName = "loading"
         self._started_at = time.time()
         self._port = 0
-        self._checkpoint: Checkpoint | None = None
-        self._experts: HeldExperts | None = None
+        self._lane: WorkerLane | None = None
         self._stop = asyncio.Event()
+        self._draining_announced = asyncio.Event()
+        self._slots = SlotControl(
+            worker_id=options.worker_id,
+            dispatch=dispatch,
+            stats=stats,
+            tracer=tracer,
+            announce=self._publish,
+        )
         self._server = WorkerServer(
-            dispatch=dispatch, describe=self._describe, max_frame_bytes=settings.max_frame_bytes
+            dispatch=dispatch,
+            describe=self._describe,
+            control=WorkerControl(self._slots, self.drain),
+            max_frame_bytes=settings.max_frame_bytes,
         )
         self._lease = registry and Lease(
             registry,
@@ -99,6 +106,12 @@ class ExpertWorker:
     def request_stop(self) -> None:
         """Drain and return from `run`."""
         self._stop.set()
+        self._slots.stop()
+
+    async def drain(self) -> None:
+        """`request_stop`, and return when the draining is announced."""
+        self.request_stop()
+        await self._draining_announced.wait()
 
     async def run(self) -> bool:
         """Serve; true if everything accepted was answered.
@@ -107,6 +120,14 @@ class ExpertWorker:
         """
         options = self._options
         self._port = await self._server.start(options.host, options.port)
+        if self._settings.dispatch_lane:
+            self._lane = WorkerLane.start(
+                options.host,
+                self._settings.lane_port,
+                max_frame_bytes=self._settings.max_frame_bytes,
+                dispatch=self._dispatch,
+                stats=self._stats,
+            )
         _logger.info("listening on %s, metrics on %s", self.endpoint, self._metrics_endpoint)
         try:
             if self._lease:
@@ -127,52 +148,30 @@ class ExpertWorker:
         return join_host_port(self._options.advertised_host, self._port)
 
     async def _load(self) -> bool:
-        """Load on a thread of its own; false if told to stop before it was done."""
-        cancelled = threading.Event()
-        loading = _in_daemon_thread(lambda: self._read_weights(cancelled))
-        stopping = asyncio.ensure_future(self._stop.wait())
-        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not loading.done():
-            cancelled.set()
-            loading.cancel()
+        """False if told to stop before it was done."""
+        try:
+            await self._slots.start(
+                partial(ExpertLoader, self._settings),
+                lambda loader: select_slots(loader.config, self._options.slots),
+                num_threads=self._options.num_threads,
+                limit_bytes=self._settings.worker_memory_bytes,
+            )
+        except LoadingCancelledError:
             return False
-        self._checkpoint, self._experts = loading.result()
+        experts, loader = self._slots.experts, self._slots.loader
+        assert experts is not None and loader is not None
         _logger.info(
             "loaded %d experts of %s in %.1f s: %d MB read, %d MB of weights as %s on %s (%s)",
-            len(self._experts.digests),
-            self._checkpoint.name,
+            len(experts.digests),
+            loader.checkpoint.name,
             time.time() - self._started_at,
-            self._checkpoint.bytes_read // 1_000_000,
-            self._experts.weight_bytes // 1_000_000,
-            self._experts.weight_format,
-            self._experts.device,
-            kernels_name(self._experts.dtype, self._experts.device),
+            loader.checkpoint.bytes_read // 1_000_000,
+            experts.weight_bytes // 1_000_000,
+            experts.weight_format,
+            experts.device,
+            kernels_name(experts.dtype, experts.device),
         )
-        self._dispatch.open(self._experts, num_threads=self._options.num_threads)
         return True
-
-    def _read_weights(self, cancelled: threading.Event) -> tuple[Checkpoint, HeldExperts]:
-        set_num_threads(self._options.num_threads)
-        map_blocks_from(_LOADING_MAPPED_BYTES)
-        settings = self._settings
-        device = resolve_device(settings.device)
-        checkpoint = Checkpoint.open(settings.model)
-        config = checkpoint.config
-        slots = select_slots(config, self._options.experts, self._options.layers)
-        dtype = torch_dtype(config.dtype if settings.dtype == "auto" else settings.dtype)
-        _logger.info("loading %d experts of %s", len(slots), checkpoint.name)
-        experts = load_experts(
-            checkpoint,
-            slots,
-            dtype=dtype,
-            device=device,
-            cancelled=cancelled,
-            expert_weights=settings.expert_weights,
-            computed_by=_kernels_to_agree_on(settings, dtype, device),
-        )
-        map_blocks_from(_SERVING_MAPPED_BYTES)
-        return checkpoint, experts
 
     async def _drain(self) -> bool:
         timeout_s = self._settings.drain_timeout_s
@@ -181,22 +180,28 @@ class ExpertWorker:
             async with asyncio.timeout(timeout_s):
                 drained = asyncio.ensure_future(self._dispatch.drain())
                 await self._set_state("draining")
+                self._draining_announced.set()
                 await drained
         except TimeoutError:
             _logger.warning("frames were left unanswered after %.1f s of draining", timeout_s)
             return False
+        finally:
+            self._draining_announced.set()
         _logger.info("drained")
         return True
 
     async def _set_state(self, state: WorkerStateName) -> None:
         self._state = state
         await self._server.set_serving(state == "ready")
+        await self._publish()
+
+    async def _publish(self) -> None:
         if self._lease:
             await self._lease.publish()
 
     def _record(self) -> WorkerRecord:
         means = self._stats.read_interval()
-        experts = self._experts
+        experts = self._slots.experts
         return WorkerRecord(
             worker_id=self._options.worker_id,
             endpoint=self.endpoint,
@@ -207,12 +212,16 @@ class ExpertWorker:
             host=socket.gethostname(),
             started_at=self._started_at,
             weight_bytes=experts.weight_bytes if experts else 0,
-            memory_free_bytes=_memory_free_bytes(experts.device if experts else None),
+            memory_free_bytes=self._slots.memory_free_bytes(),
             metrics_endpoint=self._metrics_endpoint,
             tokens=self._stats.tokens(),
             queue_ms=means.queue_ms,
             compute_ms=means.compute_ms,
             num_frames=self._stats.num_frames,
+            slot_bytes=experts.slot_bytes if experts else 0,
+            memory_limit_bytes=self._slots.memory_limit_bytes,
+            busy_s=self._stats.busy_s,
+            num_threads=self._options.num_threads,
         )
 
     async def _describe(
@@ -223,28 +232,15 @@ class ExpertWorker:
             version=_version(),
             state=_STATES[self._state],
             max_frame_bytes=self._settings.max_frame_bytes,
+            lane_port=self._lane.port if self._lane else 0,
         )
-        if self._checkpoint is not None and self._experts is not None:
-            described.MergeFrom(_describe_held(self._checkpoint, self._experts))
-            described.model = self._settings.served_model_name or self._checkpoint.name
+        loader, experts = self._slots.loader, self._slots.experts
+        if loader is not None and experts is not None:
+            described.MergeFrom(_describe_held(loader.checkpoint, experts))
+            described.model = self._settings.served_model_name or loader.checkpoint.name
+            described.memory_free_bytes = self._slots.memory_free_bytes()
+            described.memory_limit_bytes = self._slots.memory_limit_bytes
         return described
-
-
-def _kernels_to_agree_on(settings: Settings, dtype: torch.dtype, device: torch.device) -> str:
-    """Name of what computes, if answers must be reproducible; else nothing.
-
-    Raises `ConfigurationError` where a row's bits would depend on the rows beside it.
-    """
-    if not settings.reproducible:
-        return ""
-    if native_kernels_for(dtype, device) is None:
-        raise ConfigurationError(
-            f"experts computed by torch in {dtype} on {device} are not reproducible: "
-            "use bfloat16 or float32 on a CPU with AVX2, and build the native kernels with "
-            "`python -m services.core.kernels.build`; or start without --reproducible",
-            setting="reproducible",
-        )
-    return kernels_name(dtype, device)
 
 
 def _describe_held(checkpoint: Checkpoint, experts: HeldExperts) -> experts_pb2.DescribeResponse:
@@ -257,12 +253,9 @@ def _describe_held(checkpoint: Checkpoint, experts: HeldExperts) -> experts_pb2.
         dtype=DTYPE_TO_PROTO[experts.dtype],
         weight_format=experts.weight_format,
         device=str(experts.device),
-        slots=[
-            experts_pb2.Slot(layer=layer, expert=expert, digest=digest)
-            for (layer, expert), digest in sorted(experts.digests.items())
-        ],
+        slots=slot_messages(experts),
+        slot_bytes=experts.slot_bytes,
         weight_bytes=experts.weight_bytes,
-        memory_free_bytes=_memory_free_bytes(experts.device),
         checkpoint_bytes_read=checkpoint.bytes_read,
     )
 
@@ -272,36 +265,3 @@ def _version() -> str:
         return metadata.version("expertfleet")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _memory_free_bytes(device: torch.device | None) -> int:
-    if device is not None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _in_daemon_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
-    """Run `work` on a thread that does not keep the process alive when it is abandoned."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            result = work()
-        except LoadingCancelledError:
-            return
-        except Exception as error:  # noqa: BLE001 - handed to the awaiting task
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return future

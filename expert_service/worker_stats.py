@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -16,11 +16,17 @@ from services.core.metrics import CALL_BUCKETS_S, ROWS_BUCKETS
 from services.core.registry import Slot
 from services.core.telemetry import (
     METRIC_WORKER_BATCH_ROWS,
+    METRIC_WORKER_BUSY,
     METRIC_WORKER_COMPUTE,
     METRIC_WORKER_FRAMES,
+    METRIC_WORKER_LOAD,
     METRIC_WORKER_QUEUE,
+    METRIC_WORKER_SLOTS_LOADED,
+    METRIC_WORKER_SLOTS_UNLOADED,
     METRIC_WORKER_TOKENS,
 )
+
+_LOAD_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,21 @@ class WorkerStats:
             buckets=ROWS_BUCKETS,
             registry=None,
         )
+        self._busy_us = 0
+        self._sources: list[Callable[[], None]] = []
+        registry.register(_BusyCollector(lambda: self.busy_s))
+        self._slots_loaded = Counter(
+            METRIC_WORKER_SLOTS_LOADED, "Slots loaded at run time", registry=registry
+        )
+        self._slots_unloaded = Counter(
+            METRIC_WORKER_SLOTS_UNLOADED, "Slots unloaded at run time", registry=registry
+        )
+        self._load = Histogram(
+            METRIC_WORKER_LOAD,
+            "Time to load slots at run time, of one request",
+            buckets=_LOAD_BUCKETS_S,
+            registry=registry,
+        )
         self._computed = DeferredObservations(
             registry, [self._queue, self._compute, self._batch_rows], self._observe
         )
@@ -82,17 +103,56 @@ class WorkerStats:
         """Assignments computed per slot since start."""
         return dict(self._tokens)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds of computing since start, of one frame or several together."""
+        return self._busy_us / 1e6
+
+    def record_busy(self, compute_us: int) -> None:
+        """A computation is over, of one frame or several together."""
+        self._busy_us += compute_us
+
+    def record_loaded(self, num_slots: int, elapsed_s: float) -> None:
+        self._slots_loaded.inc(num_slots)
+        self._load.observe(elapsed_s)
+
+    def record_unloaded(self, num_slots: int) -> None:
+        self._slots_unloaded.inc(num_slots)
+
+    def add_source(self, record: Callable[[], None]) -> None:
+        """`record` brings in what was counted elsewhere; called before an interval is read."""
+        self._sources.append(record)
+
     def record_computed(self, outcome: Outcome) -> None:
-        frame = outcome.job.frame
-        assigned = frame.assignments
-        for expert, count in zip(assigned.expert_ids, assigned.rows_per_expert, strict=True):
-            slot = (frame.layer, expert)
+        assigned = outcome.job.frame.assignments
+        self.record_frame(
+            layer=outcome.job.frame.layer,
+            expert_ids=assigned.expert_ids,
+            rows_per_expert=assigned.rows_per_expert,
+            queue_us=outcome.queue_us,
+            compute_us=outcome.compute_us,
+            batch_rows=outcome.batch_rows,
+        )
+
+    def record_frame(
+        self,
+        *,
+        layer: int,
+        expert_ids: Sequence[int],
+        rows_per_expert: Sequence[int],
+        queue_us: int,
+        compute_us: int,
+        batch_rows: int,
+    ) -> None:
+        """A frame was computed and answered; `batch_rows` assignments together with it."""
+        for expert, count in zip(expert_ids, rows_per_expert, strict=True):
+            slot = (layer, expert)
             self._tokens[slot] = self._tokens.get(slot, 0) + count
         self._num_frames += 1
-        self._interval_queue_us += outcome.queue_us
-        self._interval_compute_us += outcome.compute_us
+        self._interval_queue_us += queue_us
+        self._interval_compute_us += compute_us
         self._frames_by_status[experts_pb2.DISPATCH_STATUS_OK].inc()
-        self._computed.add((outcome.queue_us, outcome.compute_us, outcome.batch_rows))
+        self._computed.add((queue_us, compute_us, batch_rows))
 
     def _observe(self, figures: tuple[int, int, int]) -> None:
         queue_us, compute_us, batch_rows = figures
@@ -105,6 +165,8 @@ class WorkerStats:
 
     def read_interval(self) -> IntervalMeans:
         """Means since the last call."""
+        for record in self._sources:
+            record()
         frames = max(self._num_frames - self._read_frames, 1)
         means = IntervalMeans(
             queue_ms=self._interval_queue_us / frames / 1000,
@@ -113,6 +175,18 @@ class WorkerStats:
         self._read_frames = self._num_frames
         self._interval_queue_us = self._interval_compute_us = 0
         return means
+
+
+class _BusyCollector(Collector):
+    """Reads the seconds when scraped."""
+
+    def __init__(self, read_busy_s: Callable[[], float]) -> None:
+        self._read_busy_s = read_busy_s
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(METRIC_WORKER_BUSY, "Seconds of computing")
+        family.add_metric([], self._read_busy_s())
+        yield family
 
 
 class _TokenCollector(Collector):

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/experts.proto\x12\x0e\x65xpertfleet.v1\"\xd1\x02\n\x0f\x44ispatchRequest\x12\x15\n\rhidden_states\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12$\n\x05\x64type\x18\x04 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x12\n\nexpert_ids\x18\x07 \x03(\r\x12\x17\n\x0frows_per_expert\x18\x08 \x03(\r\x12\x12\n\ntoken_rows\x18\t \x01(\x0c\x12\x14\n\x0ctopk_weights\x18\n \x01(\x0c\x12\x0f\n\x07\x63ombine\x18\x0b \x01(\x08\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x0e\n\x06scales\x18\r \x01(\x0c\x12+\n\x0c\x61nswer_dtype\x18\x0e \x01(\x0e\x32\x15.expertfleet.v1.DType\"\xd7\x01\n\x10\x44ispatchResponse\x12\x15\n\rhidden_states\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12.\n\x06status\x18\x03 \x01(\x0e\x32\x1e.expertfleet.v1.DispatchStatus\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x10\n\x08num_rows\x18\x06 \x01(\r\x12\x10\n\x08queue_us\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"5\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\xa5\x03\n\x10\x44\x65scribeResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x19\n\x11intermediate_size\x18\x07 \x01(\r\x12$\n\x05\x64type\x18\x08 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x15\n\rweight_format\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12*\n\x05state\x18\x0b \x01(\x0e\x32\x1b.expertfleet.v1.WorkerState\x12#\n\x05slots\x18\x0c \x03(\x0b\x32\x14.expertfleet.v1.Slot\x12\x14\n\x0cweight_bytes\x18\r \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x0e \x01(\x04\x12\x17\n\x0fmax_frame_bytes\x18\x0f \x01(\x04\x12\x1d\n\x15\x63heckpoint_bytes_read\x18\x10 \x01(\x04*h\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04*\xca\x01\n\x0e\x44ispatchStatus\x12\x16\n\x12\x44ISPATCH_STATUS_OK\x10\x00\x12!\n\x1d\x44ISPATCH_STATUS_INVALID_FRAME\x10\x01\x12\"\n\x1e\x44ISPATCH_STATUS_UNKNOWN_EXPERT\x10\x02\x12\x1d\n\x19\x44ISPATCH_STATUS_TOO_LARGE\x10\x03\x12\x1c\n\x18\x44ISPATCH_STATUS_DRAINING\x10\x04\x12\x1c\n\x18\x44ISPATCH_STATUS_INTERNAL\x10\x05*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_LOADING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32\xb1\x01\n\rExpertService\x12Q\n\x08\x44ispatch\x12\x1f.expertfleet.v1.DispatchRequest\x1a .expertfleet.v1.DispatchResponse(\x01\x30\x01\x12M\n\x08\x44\x65scribe\x12\x1f.expertfleet.v1.DescribeRequest\x1a .expertfleet.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/experts.proto\x12\x0e\x65xpertfleet.v1\"\xd1\x02\n\x0f\x44ispatchRequest\x12\x15\n\rhidden_states\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12$\n\x05\x64type\x18\x04 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x12\n\nexpert_ids\x18\x07 \x03(\r\x12\x17\n\x0frows_per_expert\x18\x08 \x03(\r\x12\x12\n\ntoken_rows\x18\t \x01(\x0c\x12\x14\n\x0ctopk_weights\x18\n \x01(\x0c\x12\x0f\n\x07\x63ombine\x18\x0b \x01(\x08\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x0e\n\x06scales\x18\r \x01(\x0c\x12+\n\x0c\x61nswer_dtype\x18\x0e \x01(\x0e\x32\x15.expertfleet.v1.DType\"\xd7\x01\n\x10\x44ispatchResponse\x12\x15\n\rhidden_states\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x04\x12.\n\x06status\x18\x03 \x01(\x0e\x32\x1e.expertfleet.v1.DispatchStatus\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x10\n\x08num_rows\x18\x06 \x01(\r\x12\x10\n\x08queue_us\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"5\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\xe8\x03\n\x10\x44\x65scribeResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x19\n\x11intermediate_size\x18\x07 \x01(\r\x12$\n\x05\x64type\x18\x08 \x01(\x0e\x32\x15.expertfleet.v1.DType\x12\x15\n\rweight_format\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12*\n\x05state\x18\x0b \x01(\x0e\x32\x1b.expertfleet.v1.WorkerState\x12#\n\x05slots\x18\x0c \x03(\x0b\x32\x14.expertfleet.v1.Slot\x12\x14\n\x0cweight_bytes\x18\r \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x0e \x01(\x04\x12\x17\n\x0fmax_frame_bytes\x18\x0f \x01(\x04\x12\x1d\n\x15\x63heckpoint_bytes_read\x18\x10 \x01(\x04\x12\x11\n\tlane_port\x18\x11 \x01(\r\x12\x12\n\nslot_bytes\x18\x12 \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x13 \x01(\x04\"7\n\x10LoadSlotsRequest\x12#\n\x05slots\x18\x01 \x03(\x0b\x32\x14.expertfleet.v1.Slot\"S\n\x11LoadSlotsResponse\x12#\n\x05slots\x18\x01 \x03(\x0b\x32\x14.expertfleet.v1.Slot\x12\x19\n\x11memory_free_bytes\x18\x02 \x01(\x04\"9\n\x12UnloadSlotsRequest\x12#\n\x05slots\x18\x01 \x03(\x0b\x32\x14.expertfleet.v1.Slot\"U\n\x13UnloadSlotsResponse\x12#\n\x05slots\x18\x01 \x03(\x0b\x32\x14.expertfleet.v1.Slot\x12\x19\n\x11memory_free_bytes\x18\x02 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*h\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04*\xca\x01\n\x0e\x44ispatchStatus\x12\x16\n\x12\x44ISPATCH_STATUS_OK\x10\x00\x12!\n\x1d\x44ISPATCH_STATUS_INVALID_FRAME\x10\x01\x12\"\n\x1e\x44ISPATCH_STATUS_UNKNOWN_EXPERT\x10\x02\x12\x1d\n\x19\x44ISPATCH_STATUS_TOO_LARGE\x10\x03\x12\x1c\n\x18\x44ISPATCH_STATUS_DRAINING\x10\x04\x12\x1c\n\x18\x44ISPATCH_STATUS_INTERNAL\x10\x05*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_LOADING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32\xa1\x03\n\rExpertService\x12Q\n\x08\x44ispatch\x12\x1f.expertfleet.v1.DispatchRequest\x1a .expertfleet.v1.DispatchResponse(\x01\x30\x01\x12M\n\x08\x44\x65scribe\x12\x1f.expertfleet.v1.DescribeRequest\x1a .expertfleet.v1.DescribeResponse\x12P\n\tLoadSlots\x12 .expertfleet.v1.LoadSlotsRequest\x1a!.expertfleet.v1.LoadSlotsResponse\x12V\n\x0bUnloadSlots\x12\".expertfleet.v1.UnloadSlotsRequest\x1a#.expertfleet.v1.UnloadSlotsResponse\x12\x44\n\x05\x44rain\x12\x1c.expertfleet.v1.DrainRequest\x1a\x1d.expertfleet.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.experts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1096
-  _globals['_DTYPE']._serialized_end=1200
-  _globals['_DISPATCHSTATUS']._serialized_start=1203
-  _globals['_DISPATCHSTATUS']._serialized_end=1405
-  _globals['_WORKERSTATE']._serialized_start=1407
-  _globals['_WORKERSTATE']._serialized_end=1527
+  _globals['_DTYPE']._serialized_start=1484
+  _globals['_DTYPE']._serialized_end=1588
+  _globals['_DISPATCHSTATUS']._serialized_start=1591
+  _globals['_DISPATCHSTATUS']._serialized_end=1793
+  _globals['_WORKERSTATE']._serialized_start=1795
+  _globals['_WORKERSTATE']._serialized_end=1915
   _globals['_DISPATCHREQUEST']._serialized_start=41
   _globals['_DISPATCHREQUEST']._serialized_end=378
   _globals['_DISPATCHRESPONSE']._serialized_start=381
@@ -46,7 +46,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOT']._serialized_start=617
   _globals['_SLOT']._serialized_end=670
   _globals['_DESCRIBERESPONSE']._serialized_start=673
-  _globals['_DESCRIBERESPONSE']._serialized_end=1094
-  _globals['_EXPERTSERVICE']._serialized_start=1530
-  _globals['_EXPERTSERVICE']._serialized_end=1707
+  _globals['_DESCRIBERESPONSE']._serialized_end=1161
+  _globals['_LOADSLOTSREQUEST']._serialized_start=1163
+  _globals['_LOADSLOTSREQUEST']._serialized_end=1218
+  _globals['_LOADSLOTSRESPONSE']._serialized_start=1220
+  _globals['_LOADSLOTSRESPONSE']._serialized_end=1303
+  _globals['_UNLOADSLOTSREQUEST']._serialized_start=1305
+  _globals['_UNLOADSLOTSREQUEST']._serialized_end=1362
+  _globals['_UNLOADSLOTSRESPONSE']._serialized_start=1364
+  _globals['_UNLOADSLOTSRESPONSE']._serialized_end=1449
+  _globals['_DRAINREQUEST']._serialized_start=1451
+  _globals['_DRAINREQUEST']._serialized_end=1465
+  _globals['_DRAINRESPONSE']._serialized_start=1467
+  _globals['_DRAINRESPONSE']._serialized_end=1482
+  _globals['_EXPERTSERVICE']._serialized_start=1918
+  _globals['_EXPERTSERVICE']._serialized_end=2335
 # @@protoc_insertion_point(module_scope)

@@ -113,7 +113,7 @@ class Slot(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker_id", "model", "version", "num_layers", "num_experts", "hidden_size", "intermediate_size", "dtype", "weight_format", "device", "state", "slots", "weight_bytes", "memory_free_bytes", "max_frame_bytes", "checkpoint_bytes_read")
+    __slots__ = ("worker_id", "model", "version", "num_layers", "num_experts", "hidden_size", "intermediate_size", "dtype", "weight_format", "device", "state", "slots", "weight_bytes", "memory_free_bytes", "max_frame_bytes", "checkpoint_bytes_read", "lane_port", "slot_bytes", "memory_limit_bytes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,9 @@ class DescribeResponse(_message.Message):
     MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    LANE_PORT_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model: str
     version: str
@@ -146,4 +149,43 @@ class DescribeResponse(_message.Message):
     memory_free_bytes: int
     max_frame_bytes: int
     checkpoint_bytes_read: int
-    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., weight_format: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., weight_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., checkpoint_bytes_read: _Optional[int] = ...) -> None: ...
+    lane_port: int
+    slot_bytes: int
+    memory_limit_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., weight_format: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., weight_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., checkpoint_bytes_read: _Optional[int] = ..., lane_port: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ...) -> None: ...
+
+class LoadSlotsRequest(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
+
+class LoadSlotsResponse(_message.Message):
+    __slots__ = ("slots", "memory_free_bytes")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    memory_free_bytes: int
+    def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., memory_free_bytes: _Optional[int] = ...) -> None: ...
+
+class UnloadSlotsRequest(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
+
+class UnloadSlotsResponse(_message.Message):
+    __slots__ = ("slots", "memory_free_bytes")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    memory_free_bytes: int
+    def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., memory_free_bytes: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -45,6 +45,21 @@ class ExpertServiceStub:
                 request_serializer=protos_dot_experts__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_experts__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.LoadSlots = channel.unary_unary(
+                '/expertfleet.v1.ExpertService/LoadSlots',
+                request_serializer=protos_dot_experts__pb2.LoadSlotsRequest.SerializeToString,
+                response_deserializer=protos_dot_experts__pb2.LoadSlotsResponse.FromString,
+                _registered_method=True)
+        self.UnloadSlots = channel.unary_unary(
+                '/expertfleet.v1.ExpertService/UnloadSlots',
+                request_serializer=protos_dot_experts__pb2.UnloadSlotsRequest.SerializeToString,
+                response_deserializer=protos_dot_experts__pb2.UnloadSlotsResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertfleet.v1.ExpertService/Drain',
+                request_serializer=protos_dot_experts__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_experts__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -67,6 +82,34 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadSlots(self, request, context):
+        """Hold further slots. Answered when they are loaded and announced in the worker's lease; frames
+        flow meanwhile. Slots already held are left as they are. Either all are loaded or none.
+        RESOURCE_EXHAUSTED: no memory for them. INVALID_ARGUMENT: the model has no such slot.
+        FAILED_PRECONDITION: the worker is loading or draining. DATA_LOSS: the checkpoint lacks them
+        or is broken; the error names file and tensor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadSlots(self, request, context):
+        """Give slots up. Answered when that is announced; their memory is released when the frames in
+        hand are computed. Slots that are not held are no error.
+        FAILED_PRECONDITION: nothing would be left, or the worker is loading or draining.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """The same as SIGTERM: answer what was accepted, take nothing new, end. Answered when the
+        draining is announced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +122,21 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_experts__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_experts__pb2.DescribeResponse.SerializeToString,
+            ),
+            'LoadSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadSlots,
+                    request_deserializer=protos_dot_experts__pb2.LoadSlotsRequest.FromString,
+                    response_serializer=protos_dot_experts__pb2.LoadSlotsResponse.SerializeToString,
+            ),
+            'UnloadSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadSlots,
+                    request_deserializer=protos_dot_experts__pb2.UnloadSlotsRequest.FromString,
+                    response_serializer=protos_dot_experts__pb2.UnloadSlotsResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_experts__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_experts__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +194,87 @@ class ExpertService:
             '/expertfleet.v1.ExpertService/Describe',
             protos_dot_experts__pb2.DescribeRequest.SerializeToString,
             protos_dot_experts__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertfleet.v1.ExpertService/LoadSlots',
+            protos_dot_experts__pb2.LoadSlotsRequest.SerializeToString,
+            protos_dot_experts__pb2.LoadSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertfleet.v1.ExpertService/UnloadSlots',
+            protos_dot_experts__pb2.UnloadSlotsRequest.SerializeToString,
+            protos_dot_experts__pb2.UnloadSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertfleet.v1.ExpertService/Drain',
+            protos_dot_experts__pb2.DrainRequest.SerializeToString,
+            protos_dot_experts__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

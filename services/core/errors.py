@@ -7,11 +7,14 @@ pickling (they cross Ray) with their message and details.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 EXIT_BAD_INPUT = 2
 """Exit status of a process whose settings, arguments or checkpoint cannot be used; starting it
 again would not help."""
+
+LossReason = Literal["died", "drained", "unreachable"]
+"""A shard died with the request in its hands; handed it back in good order; never took it."""
 
 
 class ExpertfleetError(Exception):
@@ -44,6 +47,7 @@ class ConfigurationError(ExpertfleetError):
 class CheckpointError(ExpertfleetError):
     """A checkpoint cannot be served. Details: `file`, `tensor` where they are known."""
 
+    grpc_status = "DATA_LOSS"
     code = "checkpoint_error"
 
 
@@ -144,6 +148,36 @@ class DrainingError(UnavailableError):
     """The worker or shard is draining and takes no new work."""
 
     code = "draining"
+
+
+class ShardLostError(UnavailableError):
+    """The shard that had the request is gone or goes away; another one can take the request up.
+
+    Details: `reason`, a `LossReason`, why the request has to go elsewhere.
+    """
+
+    code = "shard_lost"
+
+    def __init__(self, message: str, *, reason: LossReason = "died", **details: Any) -> None:
+        super().__init__(message, reason=reason, **details)
+        self.reason: LossReason = reason
+
+
+class WorkerMemoryError(ExpertfleetError):
+    """A worker has no memory for the slots it was told to load."""
+
+    http_status = 507
+    grpc_status = "RESOURCE_EXHAUSTED"
+    code = "worker_memory"
+
+
+class WorkerRefusedError(ExpertfleetError):
+    """A worker cannot load or unload slots as things are: it is loading or draining, or nothing
+    would be left of what it holds."""
+
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+    code = "worker_refused"
 
 
 class NonFiniteError(ExpertfleetError):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+
+MIN_PRIORITY: Final = -8
+MAX_PRIORITY: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,28 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResumedChoice:
+    """What a completion had come to when its shard was lost.
+
+    `token_ids` are the tokens that were emitted; a finished completion needs none, and no more.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One prompt and `n` completions of it.
 
     `tenant` salts every cache key. `session_id` turns on write-behind of the KV cache with
     `session_ttl_s`. `trace_context` is the W3C carrier (`traceparent`, `tracestate`).
+
+    `resumed`, one for each completion, is given when another shard had the request before and was
+    lost. A completion goes on behind its tokens exactly as it would have: with the same
+    `sampling`, seed included, which therefore must be given. Only new tokens are emitted.
+
+    The lower the `priority`, the earlier it is served: `MIN_PRIORITY` to `MAX_PRIORITY`.
     """
 
     request_id: str
@@ -51,6 +71,8 @@ class GenerateRequest:
     session_id: str | None = None
     session_ttl_s: float | None = None
     trace_context: Mapping[str, str] = field(default_factory=dict)
+    resumed: tuple[ResumedChoice, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +126,8 @@ class ShardClient(Protocol):
         """Yield deltas until each of the `n` completions has a finish reason.
 
         Deltas that pile up while the caller is busy arrive together. Closing the iterator early
-        aborts the request and frees its blocks within one step. Raises `ExpertfleetError`.
+        aborts the request and frees its blocks within one step. Raises `ExpertfleetError`;
+        `ShardLostError` when the request may be sent again, to another shard.
         """
         ...
 

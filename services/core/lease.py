@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import time
 from collections.abc import Callable
 
 from services.core.errors import UnavailableError
@@ -44,7 +46,8 @@ class Lease:
         """Write the lease as things are now; a store that is away is not an error."""
         async with self._publishing:
             try:
-                await self._registry.publish(self._make_record(), self._lease_s)
+                record = dataclasses.replace(self._make_record(), written_at=time.time())
+                await self._registry.publish(record, self._lease_s)
             except UnavailableError as error:
                 if not self._is_away:
                     _logger.warning("the lease could not be written, trying on: %s", error.message)

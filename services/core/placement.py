@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.core.errors import ConfigurationError
 from services.core.registry import Slot
+from services.core.registry_json import format_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,18 @@ def plan_placement(num_layers: int, num_experts: int, num_workers: int) -> tuple
         for expert, sharers in enumerate(_runs(num_workers, num_experts))
         for layers in _runs(num_layers, len(sharers))
     )
+
+
+def format_slots(slots: Iterable[Slot]) -> str:
+    """Slots as a worker's `--slots` takes them: layers, a colon and the experts of each of them,
+    several of these joined by semicolons ("0-3:0,1;5:7")."""
+    layers_of: defaultdict[int, set[int]] = defaultdict(set)
+    for layer, expert in slots:
+        layers_of[expert].add(layer)
+    experts_of: defaultdict[str, list[int]] = defaultdict(list)
+    for expert in sorted(layers_of):
+        experts_of[format_ranges(layers_of[expert])].append(expert)
+    return ";".join(f"{layers}:{format_ranges(of)}" for layers, of in experts_of.items())
 
 
 def _runs(num_items: int, num_runs: int) -> list[range]:

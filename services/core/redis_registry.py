@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from services.core.errors import UnavailableError
 from services.core.registry import FleetSnapshot, ShardRecord, WorkerRecord, lease_id
@@ -61,7 +61,15 @@ class RedisRegistry:
                 self._lease_prefix + record_id, encode_record(record), px=round(lease_s * 1000)
             )
             pipeline.sadd(self._index_key, record_id)
-            await pipeline.execute()
+            written, added = await pipeline.execute(raise_on_error=False)
+        if isinstance(added, ResponseError) and "WRONGTYPE" in str(added):
+            # Something overwrote the index; as every process writes its own entry, it can go.
+            logger.warning("registry: the index %s was no set and is made anew", self._index_key)
+            await self._redis.delete(self._index_key)
+            added = await self._redis.sadd(self._index_key, record_id)
+        for reply in (written, added):
+            if isinstance(reply, RedisError):
+                raise reply
 
     async def _remove(self, record_id: str) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:

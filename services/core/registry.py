@@ -20,7 +20,11 @@ class WorkerRecord:
     """One expert worker's lease. `endpoint` is host:port of its gRPC server.
 
     `tokens` counts assignments computed per slot since start; `queue_ms` and `compute_ms` are
-    means over the last heartbeat interval. `started_at` is Unix seconds.
+    means over the last heartbeat interval. `started_at` is Unix seconds. `memory_free_bytes` is
+    what further slots may take: the limit less what is held, and no more than the device has free.
+    `slot_bytes` are the weights of one slot in memory. `busy_s` are seconds of computing since
+    start, of one frame or several together, on `num_threads` threads. `written_at` is the Unix time
+    at which the lease was written, by the writer's clock; 0 if unknown.
     """
 
     worker_id: str
@@ -38,11 +42,19 @@ class WorkerRecord:
     queue_ms: float = 0.0
     compute_ms: float = 0.0
     num_frames: int = 0
+    slot_bytes: int = 0
+    memory_limit_bytes: int = 0
+    busy_s: float = 0.0
+    num_threads: int = 0
+    written_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """One attention shard's lease: its engine's load, and the tokens its gate sent per slot."""
+    """One attention shard's lease: its engine's load, and the tokens its gate sent per slot.
+
+    `endpoint` is host:port of its gRPC server, which gateways send requests to.
+    """
 
     shard_id: str
     pid: int
@@ -56,7 +68,9 @@ class ShardRecord:
     num_generated_tokens: int
     num_prefilled_tokens: int
     metrics_endpoint: str | None = None
+    endpoint: str | None = None
     expert_load: Mapping[Slot, int] = field(default_factory=dict)
+    written_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

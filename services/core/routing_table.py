@@ -8,7 +8,7 @@ Shapes: W workers, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,12 @@ class RoutingTable:
     holds: NDArray[np.bool_]
     """[W, L, E]: whether worker w holds the slot."""
     chosen: NDArray[np.int64]
-    """[L, E]: the worker each slot is sent to, `NO_WORKER` where there is none."""
+    """[L, E]: a worker for each slot, `NO_WORKER` where there is none. Where there are several
+    replicas it is the one to prefer while nothing is known of their load."""
+    has_choice: tuple[bool, ...]
+    """[L]: whether some expert of the layer has several replicas."""
+    is_whole: tuple[bool, ...]
+    """[L]: whether every expert of the layer has a replica."""
 
     @staticmethod
     def build(
@@ -67,24 +72,19 @@ class RoutingTable:
         for array in (holds, chosen):
             array.setflags(write=False)
         return RoutingTable(
-            version=version, workers=workers, local_host=local_host, holds=holds, chosen=chosen
+            version=version,
+            workers=workers,
+            local_host=local_host,
+            holds=holds,
+            chosen=chosen,
+            has_choice=tuple((holds.sum(axis=0) > 1).any(axis=1).tolist()),
+            is_whole=tuple((chosen != NO_WORKER).all(axis=1).tolist()),
         )
 
     def resolve(self, layer: int) -> NDArray[np.int64]:
         """[E]: the worker of each expert of a layer, `NO_WORKER` where there is none."""
         row: NDArray[np.int64] = self.chosen[layer]
         return row
-
-    def resolve_avoiding(self, layer: int, worker_ids: Collection[str]) -> NDArray[np.int64]:
-        """As `resolve`, by other workers than those named where an expert has another replica."""
-        avoided = [i for i, worker in enumerate(self.workers) if worker.worker_id in worker_ids]
-        if not avoided:
-            return self.resolve(layer)
-        holds = self.holds[:, layer : layer + 1, :].copy()
-        holds[avoided] = False
-        others = choose_replicas(holds, np.zeros(len(self.workers), dtype=np.bool_))[0]
-        resolved: NDArray[np.int64] = np.where(others == NO_WORKER, self.resolve(layer), others)
-        return resolved
 
     def without(self, worker_id: str, slots: Iterable[Slot] | None = None) -> RoutingTable:
         """The next version, in which the worker holds nothing, or none of `slots` if given."""

@@ -17,6 +17,9 @@ from services.core.quantization.formats import WeightsSetting
 
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 WireDTypeName = Literal["auto", "bfloat16", "int8"]
+DispatchTransportName = Literal["auto", "grpc", "lane"]
+
+CheckpointKV = Literal["off", "sessions", "all"]
 
 
 class Settings(BaseSettings):
@@ -51,9 +54,24 @@ class Settings(BaseSettings):
     # Gateway
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    listen_socket: Path | None = Field(
+        None, description="unix socket where the launcher hands out the gateway's listening socket"
+    )
     api_keys: str = Field("", description="comma-separated bearer keys; empty: no authentication")
     max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_waiting_requests: int = Field(
+        4096, ge=1, description="past so many requests without a first token a gateway answers 429"
+    )
+    max_waiting_bytes: int = Field(
+        256 << 20, ge=1024, description="past so many bytes of these requests' bodies, likewise"
+    )
     request_timeout_s: float = Field(3600.0, gt=0)
+    shard_wait_s: float = Field(
+        60.0,
+        ge=0,
+        description="how long a request waits for another shard when its own is lost; "
+        "0: there is no other, fail at once",
+    )
 
     # Attention and gating shard
     block_size: int = Field(16, ge=1, description="tokens in a KV block")
@@ -61,10 +79,21 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="past this, requests get 429")
+    max_waiting_seqs: int = Field(4096, ge=1, description="past this, requests get 429")
+    max_ttft_s: float = Field(
+        60.0,
+        ge=0,
+        description="a request gets 429 when it is predicted to wait longer than this until its "
+        "prompt's turn; 0: never for that",
+    )
     num_micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=8)] = Field(
         "auto", description="parts of a step in flight at once; auto: what measures fastest"
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads of this process")
+    shard_host: str = Field("127.0.0.1", description="address shards listen on for gateways")
+    shard_advertised_host: str | None = Field(
+        None, description="where gateways reach a shard; default: shard_host, or this host's name"
+    )
     reproducible: bool | None = Field(
         None, description="answers that no other request can change; unset: where possible"
     )
@@ -76,12 +105,38 @@ class Settings(BaseSettings):
     wire_dtype: WireDTypeName = Field(
         "auto", description="dtype of rows sent to experts; auto: the activation dtype"
     )
+    dispatch_transport: DispatchTransportName = Field(
+        "auto", description="what a shard's frames travel over; auto: lanes where workers have them"
+    )
+    dispatch_lane: bool = Field(
+        True, description="frames over bare TCP where both ends have the native library"
+    )
+    lane_port: int = Field(
+        0, ge=0, le=65535, description="port of a worker's lanes; 0 takes a free one"
+    )
+    worker_memory_bytes: int | None = Field(
+        None, ge=1, description="experts' weights per worker; unset: those at start + 90 % of free"
+    )
     heartbeat_s: float = Field(1.0, gt=0)
     lease_s: float = Field(5.0, gt=0)
     drain_timeout_s: float = Field(10.0, gt=0)
+    restart_drain_s: float = Field(
+        300.0, gt=0, description="how long a rolling restart lets running requests finish"
+    )
+    hang_timeout_s: float = Field(
+        15.0, gt=0, description="a worker that gives no sign of life for so long is started anew"
+    )
 
     # Sessions
     session_ttl_s: float = Field(7 * 86400.0, gt=0)
+    checkpoint_kv: CheckpointKV = Field(
+        "all",
+        description="whose KV goes to the store as it is computed: off (nobody's), sessions, or "
+        "all: of every running request, for another shard to go on with",
+    )
+    checkpoint_ttl_s: float = Field(
+        3600.0, gt=0, description="how long a lost shard's checkpoints are kept"
+    )
     session_queue_bytes: int = Field(256 << 20, ge=1 << 16, description="write-behind buffer")
 
     # Telemetry
@@ -96,6 +151,10 @@ class Settings(BaseSettings):
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="requests that are traced")
     step_sample_interval: int = Field(64, ge=1, description="one step in so many is traced whole")
     trace_file_max_bytes: int = Field(64 << 20, ge=1 << 16)
+    metrics_host: str = Field("127.0.0.1", description="address of a shard's metrics")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of a shard's metrics; 0 takes a free one"
+    )
 
     def as_environment(self) -> dict[str, str]:
         """The variables that make a child process load these same settings."""

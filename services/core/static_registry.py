@@ -55,6 +55,8 @@ def record_from_description(
         started_at=0.0,
         weight_bytes=description.weight_bytes,
         memory_free_bytes=description.memory_free_bytes,
+        slot_bytes=description.slot_bytes,
+        memory_limit_bytes=description.memory_limit_bytes,
     )
 
 

@@ -197,11 +197,7 @@ def decode_request(frame: bytes, *, max_frame_bytes: int) -> RequestFrame:
     0 where it could not be read.
     """
     if len(frame) > max_frame_bytes:
-        raise FrameTooLargeError(
-            f"frame of {len(frame)} bytes is larger than this worker's bound of "
-            f"{max_frame_bytes}; send fewer tokens at once",
-            call_id=_peek_call_id(frame),
-        )
+        raise too_large_error(len(frame), _slice_payload(memoryview(frame))[1], max_frame_bytes)
     payload, header = _split(frame, experts_pb2.DispatchRequest())
     try:
         hidden_states = checked_tensor(payload, header.dtype, header.num_tokens, header.hidden_size)
@@ -218,6 +214,17 @@ def decode_request(frame: bytes, *, max_frame_bytes: int) -> RequestFrame:
     except MalformedFrameError as error:
         error.details["call_id"] = header.call_id
         raise
+
+
+def too_large_error(
+    num_bytes: int, rest: bytes | memoryview, max_frame_bytes: int
+) -> FrameTooLargeError:
+    """Says that a frame is over the bound; `rest` has its fields after the payload."""
+    return FrameTooLargeError(
+        f"frame of {num_bytes} bytes is larger than this worker's bound of "
+        f"{max_frame_bytes}; send fewer tokens at once",
+        call_id=_peek_call_id(rest),
+    )
 
 
 def encode_response(
@@ -298,8 +305,7 @@ def _slice_payload(view: memoryview) -> tuple[memoryview, memoryview]:
     return view[:0], view
 
 
-def _peek_call_id(frame: bytes) -> int:
-    rest = _slice_payload(memoryview(frame))[1]
+def _peek_call_id(rest: bytes | memoryview) -> int:
     if len(rest) > _MAX_HEADER_BYTES:
         return 0
     header = experts_pb2.DispatchRequest()

@@ -45,6 +45,11 @@ class WireFormat:
         )
 
     @property
+    def is_plain(self) -> bool:
+        """Whether rows travel as they are, both ways."""
+        return self.request == self.answer == self.activation
+
+    @property
     def narrows_answers(self) -> bool:
         """Whether answers are rounded on the wire. Sums are then made by who asked, of rounded
         rows, so that they do not depend on which experts share a worker."""

@@ -1,6 +1,7 @@
-"""Builds the native kernels: `python -m services.core.kernels.build`.
+"""Builds the native code: `python -m services.core.kernels.build`.
 
-One shared library without dependencies but the C++ runtime. A source file's name says for which
+One shared library without dependencies but the C++ runtime, of the kernels and of the lane, which
+carries frames between shards and workers. A source file's name says for which
 instruction set it is compiled (`dense_avx512_bf16.cpp`); the library picks at run time what the
 processor has, so a build serves every machine of its architecture. The file's name has a digest of
 the sources, so a stale build is never loaded.
@@ -21,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = FOLDER / "native"
+_CORE = FOLDER.parent
+SOURCES = (FOLDER / "native", _CORE / "lane" / "native")
 _COMMON_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"),
     # Or the compiler would fuse a product and a sum in one place and not in another.
     "-ffp-contract=off",
+    f"-I{_CORE}",
 )
 _AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _ISA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -58,7 +61,7 @@ def main() -> int:
 def library_path() -> Path:
     """Where the library built from the present sources lies, or would lie."""
     digest = hashlib.sha256()
-    for path in [*sorted(SOURCES.glob("*")), Path(__file__)]:
+    for path in [*_source_files("*"), Path(__file__)]:
         digest.update(path.name.encode() + path.read_bytes())
     return FOLDER / f"libexpertfleet-{platform.machine()}-{digest.hexdigest()[:12]}.so"
 
@@ -70,7 +73,7 @@ def build() -> Path:
         return target
     compiler = _compiler()
     with tempfile.TemporaryDirectory() as scratch:
-        sources = [path for path in sorted(SOURCES.glob("*.cpp")) if _is_for_this_machine(path)]
+        sources = [path for path in _source_files("*.cpp") if _is_for_this_machine(path)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(
                 pool.map(lambda source: _compile(compiler, source, Path(scratch)), sources)
@@ -81,6 +84,10 @@ def build() -> Path:
             stale.unlink()
         _move_into_place(library, target)
     return target
+
+
+def _source_files(pattern: str) -> list[Path]:
+    return [path for folder in SOURCES for path in sorted(folder.glob(pattern))]
 
 
 def _move_into_place(library: Path, target: Path) -> None:
@@ -109,7 +116,7 @@ def _is_for_this_machine(source: Path) -> bool:
 
 
 def _compile(compiler: Sequence[str], source: Path, scratch: Path) -> Path:
-    target = scratch / f"{source.stem}.o"
+    target = scratch / f"{source.parents[1].name}_{source.stem}.o"
     isa = _isa_of(source)
     flags = [*_COMMON_FLAGS, "-pthread", *(_ISA_FLAGS[isa] if isa else ())]
     if platform.machine() in ("x86_64", "AMD64"):

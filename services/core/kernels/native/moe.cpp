@@ -1,6 +1,8 @@
 // The experts of a MoE layer: SwiGLU FFNs of the rows that the gate gave to each, weighted, and
 // summed in ascending expert id (services/core/expert_ffn.py has the definition).
 
+#include "moe.h"
+
 #include <vector>
 
 #include "elementwise.h"
@@ -8,33 +10,6 @@
 #include "scratch.h"
 
 namespace expertfleet {
-
-// Of one format.
-struct Expert {
-  Matrix gate;
-  Matrix up;
-  Matrix down;
-};
-
-// hidden_states and output have rows of hidden_size values, contiguous. Assignment i is of row
-// token_rows[i] (null: i) with weight topk_weights[i] (null: 1). Combined, the output has a row per
-// token, which results are added to; else one per assignment.
-struct MoeFrame {
-  const uint8_t* hidden_states;
-  int64_t num_tokens;
-  const int64_t* token_rows;
-  const float* topk_weights;
-  uint8_t* output;
-  int64_t is_combined;
-};
-
-// Assignments start .. start + count of a frame, all of one expert.
-struct MoePart {
-  const Expert* expert;
-  int64_t frame;
-  int64_t start;
-  int64_t count;
-};
 
 namespace {
 
@@ -156,6 +131,8 @@ MoeRow row_of(const MoeFrame& frame, int64_t assignment, size_t row_bytes) {
           frame.topk_weights ? frame.topk_weights[assignment] : 1.0f, frame.is_combined != 0};
 }
 
+}  // namespace
+
 void moe_forward(const MoeFrame* frames, const MoePart* parts, int64_t num_parts,
                  Activation type) {
   static thread_local Batch batch;
@@ -186,7 +163,6 @@ void moe_forward(const MoeFrame* frames, const MoePart* parts, int64_t num_parts
   flush();
 }
 
-}  // namespace
 }  // namespace expertfleet
 
 extern "C" {
