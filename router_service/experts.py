@@ -2,28 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from services.core.errors import ExpertUnavailableError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
     """What travels with one micro-batch of one step through the layers.
 
-    `micro_batch` picks the stream to each worker. `trace_context` is the W3C carrier of the
-    step's span when this step is sampled, else empty.
+    `micro_batch` picks the stream to each worker; `num_micro_batches` are in flight.
+    `trace_context` is the W3C carrier of the step's span when this step is sampled, else empty.
+    With `incidents`, rows whose experts are away for longer than a moment are left behind and
+    noted there; without, the call waits.
     """
 
     step: int = 0
     micro_batch: int = 0
+    num_micro_batches: int = 1
     trace_context: Mapping[str, str] = field(default_factory=dict)
+    incidents: StepIncidents | None = None
 
     @property
     def is_traced(self) -> bool:
         return bool(self.trace_context)
+
+
+class Resend(NamedTuple):
+    """A frame of this micro-batch was sent again, for `reason`."""
+
+    layer: int
+    worker_id: str
+    reason: str
+
+
+class MissingExperts(NamedTuple):
+    """Experts of a layer that had no usable replica, and rows [t] of the batch that needed them."""
+
+    layer: int
+    experts: tuple[int, ...]
+    rows: NDArray[np.int64]
+
+
+class StepIncidents:
+    """What befell a micro-batch on its way through the layers; written by its experts.
+
+    A row that was left behind has passed through a layer without all of its experts. What was
+    computed for its sequence from then on must neither be sampled nor kept.
+    """
+
+    __slots__ = ("_is_left_behind", "missing", "resends")
+
+    def __init__(self) -> None:
+        self.missing: list[MissingExperts] = []
+        self.resends: list[Resend] = []
+        self._is_left_behind: NDArray[np.bool_] | None = None
+
+    def leave_behind(self, missing: MissingExperts, num_rows: int) -> None:
+        """Note it for a batch of `num_rows`. Raises `NothingLeftError` when no row is left."""
+        if self._is_left_behind is None:
+            self._is_left_behind = np.zeros(num_rows, dtype=np.bool_)
+        self.missing.append(missing)
+        self._is_left_behind[missing.rows] = True
+        if self._is_left_behind.all():
+            raise NothingLeftError
+
+    def missing_of(self, first: int, stop: int) -> MissingExperts | None:
+        """What was missed first by the rows of one sequence."""
+        for missing in self.missing:
+            if ((missing.rows >= first) & (missing.rows < stop)).any():
+                return missing
+        return None
+
+
+class NothingLeftError(Exception):
+    """Every row of a micro-batch was left behind: going on would compute nothing of use."""
+
+
+@runtime_checkable
+class ExpertAvailability(Protocol):
+    """Experts that can be away for a while, and say when that changes. Used on their loop."""
+
+    @property
+    def expert_wait_s(self) -> float:
+        """How long a request may wait for them."""
+        ...
+
+    def is_available(self, slots: Iterable[tuple[int, int]]) -> bool: ...
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call back, on the loop, whenever experts came or went."""
+        ...
+
+    def count_wait(self, seconds: float) -> None:
+        """A sequence waited so long for experts that were away."""
+        ...
+
+
+def expert_unavailable(
+    layer: int, experts: Iterable[int], wait_s: float, last_fault: str = ""
+) -> ExpertUnavailableError:
+    """The error of a request whose experts stayed away."""
+    missing = sorted(experts)
+    listed = ",".join(map(str, missing))
+    fault = f" (last fault: {last_fault})" if last_fault else ""
+    return ExpertUnavailableError(
+        f"layer {layer}: no worker computed experts {listed} within {wait_s:g} s{fault}; start a "
+        f"worker with `expertfleet expert --experts {listed} --layers {layer}`, or see its log",
+        layer=layer,
+        expert=missing[0],
+        experts=missing,
+    )
 
 
 class ExpertBackend(Protocol):
@@ -34,8 +129,9 @@ class ExpertBackend(Protocol):
     over its experts of weight * FFN(row), each weighted row rounded to the activation dtype first;
     for K > 2 rows are summed in ascending expert id. The input is not written to.
 
-    Raises `ExpertUnavailableError` when an expert has no replica for longer than `expert_wait_s`.
-    An expert is never skipped.
+    Raises `ExpertUnavailableError` when an expert has no replica for longer than `expert_wait_s`,
+    `NothingLeftError` where `context.incidents` has every row. An expert is never skipped, save
+    for rows noted there.
     """
 
     async def forward(

@@ -20,6 +20,7 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.lane_choice import chosen_transport
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.engine.engine import Engine
 from router_service.engine.engine_stats import EngineMetrics, EngineStats
@@ -31,6 +32,7 @@ from router_service.model.reproducibility import resolve_reproducible
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.step_plan import SchedulerConfig
 from router_service.session_tier.session_tier import SessionTier
+from router_service.shard_server import ShardServer
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.expert_ffn import computed_digest
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
@@ -50,6 +52,8 @@ from services.sessions.redis_store import RedisSessionStore
 from services.sessions.store import BlockLayout
 
 log = logging.getLogger(__name__)
+
+_EVERYWHERE = ("0.0.0.0", "::")
 
 
 class AttentionShard:
@@ -73,6 +77,9 @@ class AttentionShard:
         self._metrics = metrics
         self._drain_timeout_s = settings.drain_timeout_s
         self._started_at = time.time()
+        self._server = ShardServer(self, host=settings.shard_host)
+        self._advertised_host = _advertised_host(settings)
+        self._endpoint: str | None = None
         # On a thread of its own: a long step must not cost the lease.
         self._lease_thread = LoopThread("lease")
         self._lease = Lease(
@@ -119,6 +126,8 @@ class AttentionShard:
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_waiting_tokens=settings.max_waiting_tokens,
+                max_waiting_seqs=settings.max_waiting_seqs,
+                max_ttft_s=settings.max_ttft_s,
             ),
             decoder=model.decoder,
             kv_cache=model.kv_cache,
@@ -139,11 +148,12 @@ class AttentionShard:
             shard_id=shard_id,
             sessions=sessions,
             tracing=tracing,
-            metrics=MetricsServer(collectors, "127.0.0.1", 0),
+            metrics=MetricsServer(collectors, settings.metrics_host, settings.metrics_port),
             lease_registry=_registry(settings),
             settings=settings,
         )
         engine.start()
+        shard._listen()
         shard._start_lease()
         log.info(
             "%s on %s in %s (%s), %d KV blocks of %d tokens",
@@ -161,8 +171,14 @@ class AttentionShard:
         await self._lease_thread.run(self._lease.end(self._shard_id))
         await self._lease_thread.stop()
         await self._engine.stop(self._drain_timeout_s)
+        await self._server.stop()
         self._metrics.close()
         self._tracing.shutdown()
+
+    async def hand_back(self) -> None:
+        """Take no more requests and give running ones back at once, for another shard to go on
+        with (`ShardLostError`). `stop` comes after."""
+        await self._engine.hand_back()
 
     def stop_now(self) -> None:
         """`stop`, from code without an event loop."""
@@ -195,9 +211,17 @@ class AttentionShard:
         """Where the engine's time went since the last call."""
         return self._engine.take_timings()
 
+    def _listen(self) -> None:
+        self._endpoint = f"{self._advertised_host}:{self._server.start()}"
+
     def _start_lease(self) -> None:
         self._lease_thread.start()
         self._lease_thread.run_blocking(self._lease.start())
+
+    def _metrics_endpoint(self) -> str:
+        """Where others reach it: with the pod's or host's address if it listens on all."""
+        host = self._metrics.host
+        return f"{self._advertised_host if host in _EVERYWHERE else host}:{self._metrics.port}"
 
     def _record(self) -> ShardRecord:
         stats = self._engine.stats()
@@ -219,7 +243,8 @@ class AttentionShard:
             kv_blocks_total=stats.kv_blocks_total,
             num_generated_tokens=stats.num_generated_tokens,
             num_prefilled_tokens=stats.num_prefilled_tokens,
-            metrics_endpoint=self._metrics.endpoint,
+            metrics_endpoint=self._metrics_endpoint(),
+            endpoint=self._endpoint,
             expert_load=load,
         )
 
@@ -274,6 +299,9 @@ async def _load_model(
             call_timeout_s=settings.call_timeout_s,
             max_frame_bytes=settings.max_frame_bytes,
             local_host=socket.gethostname(),
+            transport=chosen_transport(
+                settings.dispatch_transport, max_frame_bytes=settings.max_frame_bytes
+            ),
             tracer=tracer,
             metrics=metrics,
         )
@@ -306,6 +334,12 @@ def model_fingerprint(
     return digest.digest()
 
 
+def _advertised_host(settings: Settings) -> str:
+    if settings.shard_advertised_host is not None:
+        return settings.shard_advertised_host
+    return socket.gethostname() if settings.shard_host in _EVERYWHERE else settings.shard_host
+
+
 def _registry(settings: Settings) -> Registry:
     """The static list where one is given, else Redis, else this process alone."""
     if settings.workers:
@@ -333,4 +367,6 @@ def _session_tier(
         layout=layout,
         queue_bytes=settings.session_queue_bytes,
         default_ttl_s=settings.session_ttl_s,
+        checkpoint_kv=settings.checkpoint_kv,
+        checkpoint_ttl_s=settings.checkpoint_ttl_s,
     )

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from router_service.dispatch.replica_choice import Share
 from services.core.expert_ffn import Assignments
 
 MAX_COMBINED_TOP_K = 2
@@ -148,17 +149,22 @@ def all_assignments(gated: GatedTokens) -> Assignments:
     )
 
 
-def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> DispatchPlan:
+def plan_dispatch(
+    gated: GatedTokens, worker_of_expert: NDArray[np.int64], shares: Sequence[Share] = ()
+) -> DispatchPlan:
     """Send every assignment to the worker of its expert, every token once to each worker.
 
-    `worker_of_expert` [E]; assignments of an expert whose worker is negative are left out.
+    `worker_of_expert` [E]; assignments of an expert whose worker is negative are left out. The
+    rows of experts in `shares` go to several workers.
     """
     workers = worker_of_expert.tolist()
     counts = gated.rows_per_expert.tolist()
-    experts_of = _experts_by_worker(workers, counts)
     worker_of_assignment = worker_of_expert[gated.expert_ids]
+    if shares:
+        _share_rows(worker_of_assignment, gated.rows_per_expert, shares)
+    experts_of = _experts_by_worker(workers, counts, shares)
     tokens, weights, places = gated.token_rows, gated.topk_weights, gated.places
-    if not _ascends(workers):
+    if shares or not _ascends(workers):
         # Assignments sorted by worker, then by expert.
         order = np.argsort(worker_of_assignment, kind="stable")
         order = order[np.count_nonzero(worker_of_assignment < 0) :]
@@ -187,15 +193,14 @@ def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> Di
     for worker, stop_token in enumerate(row_stops.tolist()):
         if stop_token == first_token:
             continue
-        expert_ids = experts_of[worker]
-        rows_per_expert = tuple([counts[expert] for expert in expert_ids])
+        expert_ids, rows_per_expert = experts_of[worker]
         stop = first + sum(rows_per_expert)
         frames.append(
             PlannedFrame(
                 worker,
                 token_ids[first_token:stop_token],
                 tuple(expert_ids),
-                rows_per_expert,
+                tuple(rows_per_expert),
                 row_bytes[4 * first : 4 * stop],
                 weight_bytes[4 * first : 4 * stop],
                 None if places is None else places[first:stop],
@@ -203,6 +208,21 @@ def plan_dispatch(gated: GatedTokens, worker_of_expert: NDArray[np.int64]) -> Di
         )
         first, first_token = stop, stop_token
     return DispatchPlan(frames, token_ids)
+
+
+def gated_of_frame(frame: PlannedFrame, gated: GatedTokens) -> GatedTokens:
+    """A frame's assignments as a layer call of their own, over the frame's rows; `gated` is the
+    call they were planned from."""
+    expert_ids = np.repeat(np.array(frame.expert_ids, dtype=np.int64), frame.rows_per_expert)
+    return GatedTokens(
+        num_tokens=len(frame.token_ids),
+        top_k=gated.top_k,
+        rows_per_expert=np.bincount(expert_ids, minlength=len(gated.rows_per_expert)),
+        expert_ids=expert_ids,
+        token_rows=np.frombuffer(frame.token_rows, dtype=np.int32).astype(np.int64),
+        topk_weights=np.frombuffer(frame.topk_weights, dtype=np.float32),
+        places=frame.places,
+    )
 
 
 def frame_bytes(num_tokens: int, *, top_k: int, row_bytes: int) -> int:
@@ -240,7 +260,8 @@ def combine_frames(gated: GatedTokens, frames: Sequence[PlannedFrame], rows: Ten
     """The layer's output [T, H] from frames that cover all assignments, in any order.
 
     `rows` are the frames' answers, one after the other: [t, H] of each where `gated.combine`, else
-    [a, H].
+    [a, H]. Assignments that no frame covers count as zeros; whoever left them out must see to it
+    that the output of their tokens is not used.
     """
     num_tokens, hidden_size = gated.num_tokens, rows.shape[1]
     if gated.combine:
@@ -249,7 +270,10 @@ def combine_frames(gated: GatedTokens, frames: Sequence[PlannedFrame], rows: Ten
         output = rows.new_zeros((num_tokens, hidden_size))
         return output.index_add_(0, _joined([frame.token_ids for frame in frames]), rows)
     places = _joined([frame.places for frame in frames if frame.places is not None])
-    by_place = torch.empty_like(rows).index_copy_(0, places, rows)
+    num_places = num_tokens * gated.top_k
+    is_whole = len(rows) == num_places
+    by_place = torch.empty_like(rows) if is_whole else rows.new_zeros((num_places, hidden_size))
+    by_place.index_copy_(0, places, rows)
     by_rank = by_place.view(num_tokens, gated.top_k, hidden_size)
     output = rows.new_zeros((num_tokens, hidden_size))
     for rank in range(gated.top_k):
@@ -266,13 +290,35 @@ def _ascends(workers: list[int]) -> bool:
     return workers[0] >= 0 and workers == sorted(workers)
 
 
+def _share_rows(
+    worker_of_assignment: NDArray[np.int64],
+    rows_per_expert: NDArray[np.int64],
+    shares: Sequence[Share],
+) -> None:
+    """Write the workers of shared experts' assignments, which stand in ascending expert id."""
+    stops = rows_per_expert.cumsum().tolist()
+    for share in shares:
+        start = stops[share.expert] - sum(share.rows)
+        worker_of_assignment[start : stops[share.expert]] = np.repeat(share.workers, share.rows)
+
+
 def _experts_by_worker(
-    worker_of_expert: list[int], rows_per_expert: list[int]
-) -> dict[int, list[int]]:
-    """The experts with assignments and a worker, ascending, by worker."""
-    experts: dict[int, list[int]] = {}
+    worker_of_expert: list[int], rows_per_expert: list[int], shares: Sequence[Share]
+) -> dict[int, tuple[list[int], list[int]]]:
+    """By worker: its experts, ascending, and the rows it computes of each."""
+    shared = {share.expert: share for share in shares}
+    experts: dict[int, tuple[list[int], list[int]]] = {}
     pairs = zip(worker_of_expert, rows_per_expert, strict=True)
     for expert, (worker, num_rows) in enumerate(pairs):
-        if num_rows and worker >= 0:
-            experts.setdefault(worker, []).append(expert)
+        if not num_rows or worker < 0:
+            continue
+        if shared and (share := shared.get(expert)) is not None:
+            parts: Sequence[tuple[int, int]] = list(zip(share.workers, share.rows, strict=True))
+        else:
+            parts = ((worker, num_rows),)
+        for part_worker, part_rows in parts:
+            if part_rows:
+                expert_ids, counts = experts.setdefault(part_worker, ([], []))
+                expert_ids.append(expert)
+                counts.append(part_rows)
     return experts

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from opentelemetry.trace import NoOpTracer, Span, StatusCode, Tracer
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from router_service.dispatch.dispatch_plan import GatedTokens, PlannedFrame
+from router_service.dispatch.replica_chooser import WorkerFigures
 from router_service.experts import StepContext
 from services.core.deferred_observations import DeferredObservations
 from services.core.metrics import CALL_BUCKETS_S
@@ -24,7 +27,14 @@ from services.core.telemetry import (
     ATTR_TOKENS_PER_EXPERT,
     ATTR_WORKER_ID,
     METRIC_DISPATCH,
+    METRIC_DISPATCH_DEADLINE,
+    METRIC_DISPATCH_EJECTIONS,
+    METRIC_DISPATCH_HEDGES,
     METRIC_DISPATCH_RETRIES,
+    METRIC_EJECTED_WORKERS,
+    METRIC_EXPERT_WAIT,
+    METRIC_OUTSTANDING_ROWS,
+    METRIC_REFUSED_WORKERS,
     SPAN_DISPATCH,
     SPAN_LAYER,
 )
@@ -52,7 +62,31 @@ class DispatchTelemetry:
             ["reason"],
             registry=registry,
         )
+        self._hedges = Counter(
+            METRIC_DISPATCH_HEDGES,
+            "Frames past their deadline that were sent to a second worker too",
+            registry=registry,
+        )
+        self._ejections = Counter(
+            METRIC_DISPATCH_EJECTIONS,
+            "Times a worker with other replicas was left alone after several faults",
+            registry=registry,
+        )
+        self._expert_wait = Counter(
+            METRIC_EXPERT_WAIT,
+            "Seconds that layer calls and sequences waited for experts without a replica",
+            registry=registry,
+        )
+        self._registry = registry
         self._children: dict[str, Histogram] = {}
+
+    def export_workers(
+        self,
+        figures: Callable[[], Iterator[WorkerFigures]],
+        count_refused: Callable[[], int],
+    ) -> None:
+        """Show what the books say of every worker, read when it is scraped."""
+        self._registry.register(_WorkerCollector(figures, count_refused))
 
     def layer_span(
         self, layer: int, gated: GatedTokens, context: StepContext
@@ -97,11 +131,58 @@ class DispatchTelemetry:
     def count_retry(self, reason: str) -> None:
         self._retries.labels(reason).inc()
 
+    def count_hedge(self) -> None:
+        self._hedges.inc()
+
+    def count_ejection(self) -> None:
+        self._ejections.inc()
+
+    def count_expert_wait(self, seconds: float) -> None:
+        self._expert_wait.inc(seconds)
+
     def forget_worker(self, worker_id: str) -> None:
         """Drop the series of a worker that is gone, so that names that change do not pile up."""
         self._answers.settle()
         if self._children.pop(worker_id, None) is not None:
             self._durations.remove(worker_id)
+
+
+class _WorkerCollector(Collector):
+    def __init__(
+        self, figures: Callable[[], Iterator[WorkerFigures]], count_refused: Callable[[], int]
+    ) -> None:
+        self._figures = figures
+        self._count_refused = count_refused
+
+    def describe(self) -> Iterator[Metric]:
+        yield from self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        rows, deadlines, ejected, refused = self._families()
+        num_ejected = 0
+        for worker in self._figures():
+            rows.add_metric([worker.worker_id], worker.outstanding_rows)
+            deadlines.add_metric([worker.worker_id], worker.deadline_s)
+            num_ejected += worker.is_ejected
+        ejected.add_metric([], num_ejected)
+        refused.add_metric([], self._count_refused())
+        yield from (rows, deadlines, ejected, refused)
+
+    def _families(self) -> tuple[GaugeMetricFamily, ...]:
+        return (
+            GaugeMetricFamily(
+                METRIC_OUTSTANDING_ROWS, "Rows sent to a worker and not answered", labels=["worker"]
+            ),
+            GaugeMetricFamily(
+                METRIC_DISPATCH_DEADLINE,
+                "Seconds a frame of one row may take before it is sent elsewhere too",
+                labels=["worker"],
+            ),
+            GaugeMetricFamily(METRIC_EJECTED_WORKERS, "Workers left alone for now", labels=[]),
+            GaugeMetricFamily(
+                METRIC_REFUSED_WORKERS, "Workers that do not compute this model", labels=[]
+            ),
+        )
 
 
 class DispatchSpan:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,13 +20,19 @@ from router_service.dispatch.dispatch_plan import combine_frames, group_by_exper
 from router_service.dispatch.dispatch_telemetry import DispatchTelemetry
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.expert_load import ExpertLoad
+from router_service.dispatch.lane_calls import LaneCall, LaneCalls
+from router_service.dispatch.lane_rounds import LaneRounds
+from router_service.dispatch.lane_transport import LaneTransport
 from router_service.dispatch.layer_dispatch import (
-    Answered,
     DispatchLimits,
+    DispatchParts,
     LayerCall,
     LayerDispatch,
 )
 from router_service.dispatch.non_finite import blank, find_non_finite, spoil
+from router_service.dispatch.replica_chooser import ReplicaChooser
+from router_service.dispatch.retry_budget import RetryBudget
+from router_service.dispatch.sent_frame import Answered
 from router_service.dispatch.transport import ExpertTransport
 from router_service.dispatch.wire_rows import WireRows
 from router_service.dispatch.worker_link import GrpcTransport
@@ -43,14 +49,17 @@ from services.core.wire_dtype import WireFormat
 
 logger = logging.getLogger(__name__)
 
+_TICK_S = 0.5
+
 
 class RemoteExperts:
     """Made on any thread, used on one event loop. It owns the registry client given to it.
 
     `dtype` is that of activations, `wire_dtype` what rows are sent in (`WireFormat`).
     `expert_wait_s` bounds the wait for a replica after a call's first failure, `call_timeout_s`
-    one frame. The registry is read every `refresh_s`; a worker that is missing there is kept for
-    `missing_grace_s`.
+    one frame; where the pace of workers is known a frame is sent to a second one much earlier.
+    `seed` decides between replicas that are equally good. The registry is read every `refresh_s`;
+    a worker that is missing there is kept for `missing_grace_s`.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class RemoteExperts:
         refresh_s: float = 0.5,
         missing_grace_s: float = 3.0,
         local_host: str | None = None,
+        seed: int = 0,
         transport: ExpertTransport | None = None,
         tracer: Tracer | None = None,
         metrics: CollectorRegistry | None = None,
@@ -73,7 +83,8 @@ class RemoteExperts:
         self._registry = registry
         self._num_experts = config.num_local_experts
         self._refresh_s = refresh_s
-        self._limits = DispatchLimits(
+        self._chooser = ReplicaChooser(call_timeout_s=call_timeout_s, seed=seed)
+        limits = DispatchLimits(
             expert_wait_s=expert_wait_s,
             call_timeout_s=call_timeout_s,
             max_frame_bytes=max_frame_bytes,
@@ -86,12 +97,26 @@ class RemoteExperts:
             AdmissionRules.of(config, dtype),
             local_host=local_host,
             missing_grace_s=missing_grace_s,
+            chooser=self._chooser,
             on_gone=self._telemetry.forget_worker,
+            on_ejected=self._telemetry.count_ejection,
+        )
+        self._telemetry.export_workers(self._chooser.figures, lambda: len(self._pool.refusals()))
+        self._parts = DispatchParts(
+            pool=self._pool,
+            chooser=self._chooser,
+            budget=RetryBudget(),
+            limits=limits,
+            telemetry=self._telemetry,
+            call_ids=itertools.count(1),
         )
         self._wire_format = WireFormat.of(wire_dtype, dtype)
+        self._lane_calls: LaneCalls | None = None
+        if isinstance(transport, LaneTransport) and self._wire_format.is_plain:
+            rounds = LaneRounds(transport.hub)
+            self._lane_calls = LaneCalls(rounds, self._parts, num_experts=self._num_experts)
         self._timings = DispatchTimings()
-        self._call_ids = itertools.count(1)
-        self._follower: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def forward(
         self,
@@ -103,6 +128,13 @@ class RemoteExperts:
     ) -> Tensor:
         started_ns = time.perf_counter_ns()
         self._start()
+        lane_call: LaneCall | None = None
+        if self._lane_calls is not None:
+            lane_call = self._lane_calls.begin(
+                layer, hidden_states, topk_ids, topk_weights, context
+            )
+            if lane_call is not None and await self._lane_calls.finish(lane_call):
+                return self._take_whole(layer, lane_call, started_ns)
         rows, topk_weights = on_cpu(hidden_states), on_cpu(topk_weights)
         patterns = bit_patterns(rows)
         bad = find_non_finite(rows, patterns, topk_weights)
@@ -123,10 +155,12 @@ class RemoteExperts:
                 rows=WireRows(rows, patterns, self._wire_format),
                 gated=gated,
                 span=span,
+                incidents=context.incidents,
             )
-            answers = await LayerDispatch(
-                call, self._pool, self._limits, self._telemetry, self._call_ids
-            ).run()
+            dispatch = LayerDispatch(call, self._parts)
+            if self._lane_calls is not None and lane_call is not None:
+                self._lane_calls.hand_over(lane_call, gated, dispatch)
+            answers = await dispatch.run()
             output = combine_frames(
                 gated,
                 [answered.frame for answered in answers],
@@ -143,7 +177,7 @@ class RemoteExperts:
 
     async def wait_ready(self) -> None:
         self._start()
-        give_up_at = time.monotonic() + self._limits.expert_wait_s
+        give_up_at = time.monotonic() + self.expert_wait_s
         while (table := self._pool.view.table).missing_slots():
             remaining_s = give_up_at - time.monotonic()
             if remaining_s <= 0:
@@ -159,6 +193,20 @@ class RemoteExperts:
                 + "".join(f"; {refusal}" for refusal in self._pool.refusals())
             )
 
+    @property
+    def expert_wait_s(self) -> float:
+        return self._parts.limits.expert_wait_s
+
+    def is_available(self, slots: Iterable[Slot]) -> bool:
+        """Whether every slot has a replica that can be sent to."""
+        return self._chooser.is_available(slots)
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        self._pool.subscribe(callback)
+
+    def count_wait(self, seconds: float) -> None:
+        self._telemetry.count_expert_wait(seconds)
+
     def slot_digests(self) -> Mapping[Slot, bytes]:
         return dict(self._pool.slot_digests)
 
@@ -168,11 +216,25 @@ class RemoteExperts:
 
     async def close(self) -> None:
         """End all links and the registry client. Calls in flight wait for workers in vain."""
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._pool.close()
         await self._registry.close()
+
+    def _take_whole(self, layer: int, call: LaneCall, started_ns: int) -> Tensor:
+        request = call.request
+        self._load.add(layer, request.rows_per_expert)
+        sent_ns, received_ns, queue_us, compute_us = request.slowest()
+        self._timings.add_call(
+            started_ns=started_ns,
+            sent_ns=sent_ns,
+            received_ns=received_ns,
+            ended_ns=time.perf_counter_ns(),
+            queue_us=queue_us,
+            compute_us=compute_us,
+        )
+        return request.output
 
     def _count_time(self, started_ns: int, answers: Sequence[Answered]) -> None:
         if not answers:
@@ -188,9 +250,18 @@ class RemoteExperts:
         )
 
     def _start(self) -> None:
-        if self._follower is None:
-            self._follower = asyncio.create_task(self._follow_registry(), name="registry")
-            self._follower.add_done_callback(log_crash)
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._follow_registry(), name="registry"),
+                asyncio.create_task(self._tick(), name="workers' health"),
+            ]
+            for task in self._tasks:
+                task.add_done_callback(log_crash)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._pool.tick()
 
     async def _follow_registry(self) -> None:
         is_away = False

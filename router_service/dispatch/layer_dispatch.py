@@ -1,44 +1,58 @@
-"""One layer's dispatch: send each worker its rows, wait, send again what failed.
+"""One layer's dispatch: send each worker its rows, wait, send again what failed or is late.
 
-A frame that fails or is late goes to another replica where there is one: workers keep nothing, so
-that is safe. An expert is never skipped. With no replica left the call waits for one to appear.
+A frame that fails goes to another replica where there is one: workers keep nothing, so that is
+safe. One that is past its deadline goes to another replica too, and the first answer wins; an only
+replica that is slow is waited for. An expert is never skipped: with no replica left the call waits
+for one to appear, or, where the step allows it, leaves the rows that need it behind.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from opentelemetry.trace import Span
 
-from protos import experts_pb2
 from router_service.dispatch.dispatch_plan import (
+    DispatchPlan,
     GatedTokens,
     PlannedFrame,
+    gated_of_frame,
     plan_dispatch,
     rows_that_fit,
     split_frame,
 )
 from router_service.dispatch.dispatch_telemetry import DispatchSpan, DispatchTelemetry
-from router_service.dispatch.transport import WorkerLink
+from router_service.dispatch.frame_faults import BLAMELESS, find_fault
+from router_service.dispatch.replica_chooser import Choice, ReplicaChooser
+from router_service.dispatch.retry_budget import RetryBudget
+from router_service.dispatch.sent_frame import Answered, Fault, FrameState, SentFrame
 from router_service.dispatch.wire_rows import WireRows
 from router_service.dispatch.worker_pool import PoolView, WorkerPool
-from services.core.errors import ExpertUnavailableError, MalformedFrameError
+from router_service.experts import MissingExperts, Resend, StepIncidents, expert_unavailable
+from services.core.errors import MalformedFrameError
 from services.core.routing_table import NO_WORKER
-from services.core.wire import RequestHeader, ResponseFrame
+from services.core.wire import RequestHeader
 
+GRACE_S = 0.3
+"""How long rows wait for an expert that is away before they are left behind."""
 _FIRST_RESEND_DELAY_S = 0.02
 _MAX_RESEND_DELAY_S = 1.0
+_OVER_BUDGET_DELAY_S = 0.25
+_LOOK_AGAIN_S = 0.05
+_TIMER_LAG_S = 0.01
+_AFTER_LAG_S = 0.025
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLimits:
-    """`call_timeout_s` is one frame's, `expert_wait_s` a call's from its first failure on."""
+    """`call_timeout_s` bounds a frame's deadline, `expert_wait_s` a call from its first failure."""
 
     expert_wait_s: float
     call_timeout_s: float
@@ -55,171 +69,134 @@ class LayerCall:
     rows: WireRows
     gated: GatedTokens
     span: Span | None
+    incidents: StepIncidents | None = None
 
 
-class Answered(NamedTuple):
-    """A frame with its worker's answer; times are of `time.perf_counter_ns`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchParts:
+    """What all layer calls of a shard share. `call_ids` are those of the links' process."""
 
-    frame: PlannedFrame
-    response: ResponseFrame
-    sent_ns: int
-    received_ns: int
-
-
-class _Sent:
-    """A frame that was sent, or a piece of one that was too large."""
-
-    __slots__ = (
-        "_round",
-        "call_id",
-        "frame",
-        "link",
-        "received_ns",
-        "response",
-        "sent_ns",
-        "span",
-        "worker_id",
-    )
-
-    def __init__(
-        self,
-        frame: PlannedFrame,
-        worker_id: str,
-        link: WorkerLink,
-        call_id: int,
-        span: DispatchSpan | None,
-        round_: _Round,
-    ) -> None:
-        self.frame = frame
-        self.worker_id = worker_id
-        self.link = link
-        self.call_id = call_id
-        self.span = span
-        self.sent_ns = time.perf_counter_ns()
-        self.received_ns = 0
-        self.response: ResponseFrame | None = None
-        self._round = round_
-
-    def take_answer(self, response: ResponseFrame | None) -> None:
-        """An `OnAnswer`."""
-        self.received_ns = time.perf_counter_ns()
-        self.response = response
-        self._round.count_answer()
-
-
-class _Round:
-    """The wait for frames that were sent together.
-
-    One future and one timer for all of them: these are made for every layer call.
-    """
-
-    __slots__ = ("_done", "_num_waiting")
-
-    def __init__(self) -> None:
-        self._num_waiting = 1  # itself, until everything is sent: a broken link answers at once
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def expect_answer(self) -> None:
-        self._num_waiting += 1
-
-    def count_answer(self) -> None:
-        self._num_waiting -= 1
-        if self._num_waiting == 0:
-            self._end_wait()
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return when every frame was answered, or when it is too late."""
-        self.count_answer()
-        timer = asyncio.get_running_loop().call_later(timeout_s, self._end_wait)
-        try:
-            await self._done
-        finally:
-            timer.cancel()
-
-    def _end_wait(self) -> None:
-        if not self._done.done():
-            self._done.set_result(None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    """Why a frame must be sent again. `reason` labels the metric."""
-
-    reason: str
-    text: str
+    pool: WorkerPool
+    chooser: ReplicaChooser
+    budget: RetryBudget
+    limits: DispatchLimits
+    telemetry: DispatchTelemetry
+    call_ids: Iterator[int]
 
 
 class LayerDispatch:
-    """Runs one `LayerCall`; used once. `call_ids` are those of the links' process."""
+    """Runs one `LayerCall`; used once.
 
-    def __init__(
-        self,
-        call: LayerCall,
-        pool: WorkerPool,
-        limits: DispatchLimits,
-        telemetry: DispatchTelemetry,
-        call_ids: Iterator[int],
-    ) -> None:
+    One future and one timer serve all of its frames: these are made for every layer call.
+    """
+
+    def __init__(self, call: LayerCall, parts: DispatchParts) -> None:
         self._call = call
-        self._pool = pool
-        self._limits = limits
-        self._telemetry = telemetry
-        self._call_ids = call_ids
+        self._pool = parts.pool
+        self._chooser = parts.chooser
+        self._budget = parts.budget
+        self._limits = parts.limits
+        self._telemetry = parts.telemetry
+        self._call_ids = parts.call_ids
         self._header = self._request_header()
+        self._roots: list[SentFrame] = []
+        self._num_waiting = 0
+        self._is_troubled = False
+        self._has_ended = False
+        self._has_lacked = False
+        self._may_leave_behind = call.incidents is not None
+        self._error: MalformedFrameError | None = None
+        self._wakeup: asyncio.Future[None] | None = None
         self._avoided: set[str] = set()
         self._num_retries = 0
-        self._give_up_at: float | None = None
+        self._troubled_since: float | None = None
         self._last_fault = ""
 
     async def run(self) -> list[Answered]:
-        """Frames with their answers; together they cover every assignment.
+        """Frames with their answers. Together they cover every assignment, save those of rows that
+        were noted in `incidents`.
 
-        Raises `ExpertUnavailableError`, or `MalformedFrameError` where a worker refused a frame
-        for what it is: every other would.
+        Raises `ExpertUnavailableError`, `NothingLeftError` if all rows were left behind, or
+        `MalformedFrameError` where a worker refused a frame for what it is: every other would.
         """
-        answers: list[Answered] = []
-        num_assignments = len(self._call.gated.token_rows)
-        needed: NDArray[np.bool_] | None = None
-        while True:
-            round_ = _Round()
-            sent = self._send(needed, round_)
-            try:
-                await round_.wait(self._limits.call_timeout_s)
-            finally:
-                _forget_unanswered(sent)
-            for pieces in sent:
-                good = [answer for piece in pieces if (answer := self._take(piece)) is not None]
-                # All pieces of a frame or none: its experts are sent again as a whole.
-                if len(good) == len(pieces):
-                    answers.extend(good)
-            if sum([answered.frame.num_assignments for answered in answers]) == num_assignments:
-                return answers
-            needed = self._call.gated.rows_per_expert > 0
-            for answered in answers:
-                needed[list(answered.frame.expert_ids)] = False
-            await self._pause(needed)
-            self._num_retries += 1
+        try:
+            if not self._roots:
+                self._roots = self._send(self._call.gated, None)
+            self._budget.earn(len(self._roots))
+            while self._num_waiting or self._is_troubled:
+                if self._is_troubled:
+                    self._mend(time.monotonic())
+                    if all(root.is_done for root in self._roots):
+                        break
+                await self._wait(time.monotonic())
+        finally:
+            self._end()
+        return [answer for root in self._roots for answer in root.answers()]
 
-    def _send(self, needed: NDArray[np.bool_] | None, round_: _Round) -> list[list[_Sent]]:
-        """Send what is needed (None: everything) of experts that have a worker, a frame to each
-        worker, in pieces that this process and the worker accept."""
-        view = self._pool.view
-        workers = view.table.resolve_avoiding(self._call.layer, self._avoided)
-        if needed is not None:
-            workers = np.where(needed, workers, NO_WORKER)
-        plan = plan_dispatch(self._call.gated, workers)
-        sent = []
-        for frame, rows in zip(plan.frames, self._call.rows.select(plan), strict=True):
+    def take_over(self, sent: Sequence[SentFrame]) -> None:
+        """Before `run`, which then sends nothing at first: frames of this call, all that it needs,
+        that somebody else sent. Their answers are still to be taken."""
+        self._roots = list(sent)
+        for frame in sent:
+            num_rows, num_experts = frame.frame.num_assignments, frame.num_experts
+            frame.expected_s = self._chooser.sent(frame.worker_id, num_rows, num_experts)
+            frame.due = frame.sent_ns * 1e-9 + self._chooser.deadline_s(
+                frame.worker_id, num_rows, num_experts, frame.expected_s
+            )
+            self._num_waiting += 1
+
+    # Sending
+
+    def _send(
+        self,
+        gated: GatedTokens,
+        token_ids: NDArray[np.int64] | None,
+        *,
+        exclude: Collection[str] = (),
+    ) -> list[SentFrame]:
+        """Send assignments to workers of their experts, a frame to each worker, in pieces that
+        this process and the worker accept. What has no worker becomes a frame that lacks one.
+
+        `token_ids`: the call's tokens that the rows of `gated` are; None for all.
+        """
+        view, layer = self._pool.view, self._call.layer
+        choice = self._chooser.plan(
+            layer,
+            gated.rows_per_expert,
+            avoid=self._avoided,
+            exclude=exclude,
+            skip_stuck=self._may_leave_behind,
+        )
+        plan = plan_dispatch(gated, choice.workers, choice.shares)
+        if token_ids is None:
+            selected = self._call.rows.select(plan)
+        else:
+            plan = _over_tokens(plan, token_ids)
+            selected = [self._call.rows.take(frame.token_ids) for frame in plan.frames]
+        sent: list[SentFrame] = []
+        for frame, rows in zip(plan.frames, selected, strict=True):
             max_rows = self._max_rows(view.max_frame_bytes[frame.worker])
             if len(rows) <= max_rows:
-                sent.append([self._send_piece(frame, rows, view, round_)])
+                sent.append(self._send_piece(frame, rows, view))
                 continue
-            pieces = []
             for piece in split_frame(frame, max_rows):
-                pieces.append(self._send_piece(piece, rows[: len(piece.token_ids)], view, round_))
+                sent.append(self._send_piece(piece, rows[: len(piece.token_ids)], view))
                 rows = rows[len(piece.token_ids) :]
-            sent.append(pieces)
-        return sent
+        lacking = self._lacking(gated, token_ids, choice)
+        return sent if lacking is None else [*sent, lacking]
+
+    def _lacking(
+        self, gated: GatedTokens, token_ids: NDArray[np.int64] | None, choice: Choice
+    ) -> SentFrame | None:
+        is_lacking = (choice.workers < 0) & (gated.rows_per_expert > 0)
+        if not is_lacking.any():
+            return None
+        self._has_lacked = True
+        self._trouble(time.monotonic())
+        plan = plan_dispatch(gated, np.where(is_lacking, 0, NO_WORKER))
+        if token_ids is not None:
+            plan = _over_tokens(plan, token_ids)
+        return SentFrame(plan.frames[0], "", None, 0, None, self)
 
     def _max_rows(self, max_frame_bytes: int) -> int:
         rows = self._call.rows
@@ -229,9 +206,7 @@ class LayerDispatch:
             row_bytes=rows.hidden_size * rows.wire_format.activation.itemsize,
         )
 
-    def _send_piece(
-        self, frame: PlannedFrame, rows: NDArray[Any], view: PoolView, round_: _Round
-    ) -> _Sent:
+    def _send_piece(self, frame: PlannedFrame, rows: NDArray[Any], view: PoolView) -> SentFrame:
         worker_id = view.table.workers[frame.worker].worker_id
         span = self._start_span(frame, worker_id)
         header = self._header if span is None else self._request_header(span.traceparent)
@@ -247,8 +222,13 @@ class LayerDispatch:
             scales=self._call.rows.scales(frame.token_ids),
         )
         link = view.links[frame.worker]
-        sent = _Sent(frame, worker_id, link, call_id, span, round_)
-        round_.expect_answer()
+        sent = SentFrame(frame, worker_id, link, call_id, span, self)
+        num_rows, num_experts = frame.num_assignments, len(frame.expert_ids)
+        sent.expected_s = self._chooser.sent(worker_id, num_rows, num_experts)
+        sent.due = time.monotonic() + self._chooser.deadline_s(
+            worker_id, num_rows, num_experts, sent.expected_s
+        )
+        self._num_waiting += 1
         link.send(self._call.micro_batch, call_id, encoded, sent.take_answer)
         return sent
 
@@ -275,108 +255,285 @@ class LayerDispatch:
             num_retries=self._num_retries,
         )
 
-    def _take(self, sent: _Sent) -> Answered | None:
-        """A good answer; None, with what went wrong noted, if the frame must be sent again."""
-        outcome = self._judge(sent)
-        if isinstance(outcome, Answered):
-            return outcome
-        self._telemetry.count_retry(outcome.reason)
-        if sent.span is not None:
-            sent.span.failed(outcome.text)
-        self._last_fault = f"{sent.worker_id}: {outcome.text}"
-        if outcome.reason != "broken":
-            self._avoided.add(sent.worker_id)
-        return None
+    # Answers
 
-    def _judge(self, sent: _Sent) -> Answered | _Fault:
-        if not sent.received_ns:
-            return _Fault("late", f"no answer within {self._limits.call_timeout_s:g} s")
+    def take(self, sent: SentFrame) -> None:
+        """An answer is there, or its link broke. It counts in the books even when it is too late
+        to be used."""
+        fault = self._judge(sent)
         response = sent.response
-        if response is None:
-            return _Fault("broken", "the connection broke")
-        if response.status == experts_pb2.DISPATCH_STATUS_OK:
-            if (fault := self._check_rows(sent, response)) is not None:
-                return fault
-            self._telemetry.observe(sent.worker_id, (sent.received_ns - sent.sent_ns) / 1e9)
+        num_rows, num_experts = sent.frame.num_assignments, sent.num_experts
+        num_stuck = self._chooser.num_stuck
+        if fault is None and response is not None:
+            sent.state = FrameState.GOOD
+            self._chooser.answered(
+                sent.worker_id,
+                num_rows,
+                sent.elapsed_s,
+                num_experts,
+                expected_s=sent.expected_s,
+                compute_s=response.compute_us * 1e-6,
+                was_overdue=sent.is_overdue,
+            )
+            self._telemetry.observe(sent.worker_id, sent.elapsed_s)
             if sent.span is not None:
                 sent.span.answered(response)
-            return Answered(sent.frame, response, sent.sent_ns, sent.received_ns)
-        return self._judge_refusal(sent, response)
+        else:
+            self._count_fault(sent, fault, num_rows, num_experts)
+        if self._chooser.num_stuck != num_stuck:
+            self._pool.announce()
+        if self._has_ended:
+            return
+        self._num_waiting -= 1
+        if self._is_troubled or not self._num_waiting:
+            self._wake()
 
-    def _judge_refusal(self, sent: _Sent, response: ResponseFrame) -> _Fault:
-        if response.status in (
-            experts_pb2.DISPATCH_STATUS_INVALID_FRAME,
-            experts_pb2.DISPATCH_STATUS_TOO_LARGE,
-        ):
-            if sent.span is not None:
-                sent.span.failed(response.error)
-            raise MalformedFrameError(
-                f"worker {sent.worker_id} refused a frame of layer {self._call.layer} with "
-                f"{len(sent.frame.token_ids)} tokens: {response.error}",
-                layer=self._call.layer,
-                worker_id=sent.worker_id,
+    def _judge(self, sent: SentFrame) -> Fault | None:
+        call = self._call
+        try:
+            return find_fault(
+                sent,
+                layer=call.layer,
+                combine=call.gated.combine,
+                hidden_size=call.rows.hidden_size,
+                dtype=call.rows.wire_format.answer,
             )
-        if response.status == experts_pb2.DISPATCH_STATUS_UNKNOWN_EXPERT:
+        except MalformedFrameError as error:
+            self._error = error
+            return Fault("refused", error.message)
+
+    def _count_fault(
+        self, sent: SentFrame, fault: Fault | None, num_rows: int, num_experts: int
+    ) -> None:
+        assert fault is not None
+        now = time.monotonic()
+        if fault.reason in BLAMELESS:
+            self._chooser.dropped(
+                sent.worker_id, num_rows, num_experts, was_overdue=sent.is_overdue
+            )
+        elif self._chooser.failed(
+            sent.worker_id, num_rows, now, num_experts, was_overdue=sent.is_overdue
+        ):
+            self._pool.ejected(sent.worker_id, fault.text)
+        if sent.span is not None:
+            sent.span.failed(fault.text)
+        if self._has_ended:
+            return
+        if fault.reason == "unknown_expert":
             slots = [(self._call.layer, expert) for expert in sent.frame.expert_ids]
             self._pool.mark_absent(sent.worker_id, slots)
-            return _Fault("unknown_expert", response.error)
-        if response.status == experts_pb2.DISPATCH_STATUS_DRAINING:
+        elif fault.reason == "draining":
             self._pool.mark_draining(sent.worker_id)
-            return _Fault("draining", response.error or "is draining")
-        return _Fault("internal", response.error)
+        if fault.reason != "broken":
+            self._avoided.add(sent.worker_id)
+        self._fail(sent, fault, now)
 
-    def _check_rows(self, sent: _Sent, response: ResponseFrame) -> _Fault | None:
-        frame, dtype = sent.frame, self._call.rows.wire_format.answer
-        num_rows = len(frame.token_ids) if self._call.gated.combine else frame.num_assignments
-        expected = (num_rows, self._call.rows.hidden_size * dtype.itemsize, dtype)
-        seen = (response.num_rows, response.row_bytes, response.dtype)
-        if seen == expected:
-            return None
-        return _Fault(
-            "internal", f"answered with rows, bytes of a row, dtype {seen}, not {expected}"
-        )
-
-    async def _pause(self, needed: NDArray[np.bool_]) -> None:
-        """Return when sending again makes sense. Raises `ExpertUnavailableError` when it is over.
-
-        That is at once where a replica is left that has not failed this call, else when the table
-        changes; a worker that failed and is the only one is tried again with a growing delay.
-        """
-        now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + self._limits.expert_wait_s
-        if now >= self._give_up_at:
-            raise self._unavailable(needed)
-        table = self._pool.view.table
-        resolved = table.resolve_avoiding(self._call.layer, self._avoided)[needed]
-        candidates = {table.workers[w].worker_id for w in resolved if w != NO_WORKER}
-        if candidates - self._avoided:
-            await asyncio.sleep(0)
-            return
-        wait_s = self._give_up_at - now
-        if candidates:
+    def _fail(self, sent: SentFrame, fault: Fault, now: float) -> None:
+        """The frame must be sent again: at once where a replica is left that has not failed this
+        call and the budget allows, later otherwise."""
+        sent.state, sent.fault, sent.retry_at = FrameState.FAILED, fault, now
+        self._trouble(now)
+        if sent.children:
+            return  # it was sent again already
+        self._last_fault = f"{sent.worker_id}: {fault.text}"
+        self._note_resend(sent, fault.reason)
+        if not self._has_others(sent, self._avoided):
             delay_s = _FIRST_RESEND_DELAY_S * 2 ** min(self._num_retries, 16)
-            wait_s = min(wait_s, delay_s, _MAX_RESEND_DELAY_S)
-        await self._pool.wait_changed(table.version, wait_s)
+            sent.retry_at += min(delay_s, _MAX_RESEND_DELAY_S)
+        elif fault.reason not in BLAMELESS and not self._budget.take():
+            sent.retry_at += _OVER_BUDGET_DELAY_S
 
-    def _unavailable(self, needed: NDArray[np.bool_]) -> ExpertUnavailableError:
-        experts = np.flatnonzero(needed).tolist()
-        listed = ",".join(map(str, experts))
+    def _note_resend(self, sent: SentFrame, reason: str) -> None:
+        self._telemetry.count_retry(reason)
+        if self._call.incidents is not None:
+            resend = Resend(self._call.layer, sent.worker_id, reason)
+            self._call.incidents.resends.append(resend)
+
+    # Trouble
+
+    def _mend(self, now: float) -> None:
+        """Do what can be done for each frame that is not done."""
+        if self._error is not None:
+            raise self._error
+        since = now if self._troubled_since is None else self._troubled_since
+        is_over = now >= since + self._limits.expert_wait_s
+        needed: set[int] = set()
+        for root in self._roots:
+            for sent in tuple(root.unfinished()):
+                if sent.state is FrameState.WAITING:
+                    if now >= sent.due:
+                        self._look_after(sent, now)
+                elif is_over:
+                    needed.update(sent.frame.expert_ids)
+                elif sent.state is FrameState.FAILED:
+                    if now >= sent.retry_at:
+                        self._send_again(sent)
+                else:
+                    self._tend_lacking(sent, now)
+        if needed:
+            raise expert_unavailable(
+                self._call.layer, needed, self._limits.expert_wait_s, self._last_fault
+            )
+
+    def _send_again(self, sent: SentFrame, *, exclude: Collection[str] = ()) -> None:
+        self._num_retries += 1
+        gated = gated_of_frame(sent.frame, self._call.gated)
+        sent.children = self._send(gated, sent.frame.token_ids, exclude=exclude)
+
+    def _tend_lacking(self, sent: SentFrame, now: float) -> None:
+        """Send what has a worker by now; leave the rest behind when it is time."""
+        layer, incidents = self._call.layer, self._call.incidents
+        skips = self._may_leave_behind
+        if any(
+            self._chooser.has_worker(layer, expert, skip_stuck=skips)
+            for expert in sent.frame.expert_ids
+        ):
+            self._send_again(sent)
+        elif incidents is not None and now >= self._leave_at(sent):
+            self._leave_behind(sent, incidents)
+
+    def _leave_at(self, sent: SentFrame) -> float:
+        """The grace runs from when the first of its experts went away; none for stuck workers."""
         layer = self._call.layer
-        fault = f" (last fault: {self._last_fault})" if self._last_fault else ""
-        return ExpertUnavailableError(
-            f"layer {layer}: no worker computed experts {listed} within "
-            f"{self._limits.expert_wait_s:g} s{fault}; start a worker with "
-            f"`expertfleet expert --experts {listed} --layers {layer}`, or see its log",
-            layer=layer,
-            expert=experts[0],
-            experts=experts,
+        since = [self._pool.missing_since((layer, expert)) for expert in sent.frame.expert_ids]
+        return min(since) + GRACE_S
+
+    def _leave_behind(self, sent: SentFrame, incidents: StepIncidents) -> None:
+        sent.state = FrameState.LEFT
+        missing = MissingExperts(self._call.layer, sent.frame.expert_ids, sent.frame.token_ids)
+        incidents.leave_behind(missing, self._call.gated.num_tokens)
+
+    def _look_after(self, sent: SentFrame, now: float) -> None:
+        """The frame is past its deadline."""
+        worker_id = sent.worker_id
+        if not sent.is_overdue:
+            sent.is_overdue, sent.overdue_at = True, now
+            if self._chooser.overdue(worker_id, now):
+                self._pool.ejected(worker_id, "answers late")
+            self._pool.probe(worker_id)
+        others = {worker_id, *self._avoided}
+        has_other = self._has_others(sent, others)
+        elapsed_s = (time.perf_counter_ns() - sent.sent_ns) * 1e-9
+        if has_other and self._budget.take():
+            self._telemetry.count_hedge()
+            self._note_resend(sent, "late")
+            self._send_again(sent, exclude=others)
+            self._avoided.add(worker_id)
+            sent.due = math.inf
+        elif elapsed_s >= self._limits.call_timeout_s:
+            self._give_up_on(sent, now)
+        elif self._may_leave_behind and not has_other and now >= sent.overdue_at + GRACE_S:
+            # Rows that only this worker can compute are left behind; the others go elsewhere.
+            self._chooser.stuck(worker_id)
+            self._note_resend(sent, "stuck")
+            self._send_again(sent, exclude=(worker_id,))
+            sent.due = math.inf
+        else:
+            left_s = self._limits.call_timeout_s - elapsed_s
+            sent.due = now + min(_LOOK_AGAIN_S, max(left_s, 0.001))
+
+    def _has_others(self, sent: SentFrame, exclude: Collection[str]) -> bool:
+        """Whether other workers than these could compute all of the frame."""
+        return all(
+            self._chooser.has_worker(self._call.layer, expert, exclude=exclude)
+            for expert in sent.frame.expert_ids
         )
 
+    def _give_up_on(self, sent: SentFrame, now: float) -> None:
+        """Its answer will not come: whoever can, also this worker, computes it anew."""
+        text = f"no answer within {self._limits.call_timeout_s:g} s"
+        self._forget(sent)
+        self._num_waiting -= 1
+        if sent.span is not None:
+            sent.span.failed(text)
+        self._avoided.add(sent.worker_id)
+        self._fail(sent, Fault("late", text), now)
 
-def _forget_unanswered(sent: list[list[_Sent]]) -> None:
-    """What comes later is dropped."""
-    for pieces in sent:
-        for piece in pieces:
-            if not piece.received_ns:
-                piece.link.forget(piece.call_id)
+    def _forget(self, sent: SentFrame) -> None:
+        if sent.received_ns or sent.link is None:
+            return
+        sent.received_ns = time.perf_counter_ns()
+        sent.link.forget(sent.call_id)
+        num_stuck = self._chooser.num_stuck
+        self._chooser.dropped(
+            sent.worker_id,
+            sent.frame.num_assignments,
+            sent.num_experts,
+            was_overdue=sent.is_overdue,
+        )
+        if self._chooser.num_stuck != num_stuck:
+            self._pool.announce()
+
+    def _end(self) -> None:
+        """Frames of the call that were overtaken or given up may still be answered: that is noted
+        for as long as an answer counts as one, then they are forgotten."""
+        self._has_ended = True
+        if self._has_lacked and self._troubled_since is not None:
+            self._telemetry.count_expert_wait(time.monotonic() - self._troubled_since)
+        if not self._num_waiting:
+            return
+        loop = asyncio.get_running_loop()
+        for root in self._roots:
+            for sent in root.everything():
+                if sent.link is not None and not sent.received_ns:
+                    if sent.is_overdue:
+                        loop.call_later(self._limits.call_timeout_s, self._forget, sent)
+                    else:
+                        self._forget(sent)
+
+    def _trouble(self, now: float) -> None:
+        self._is_troubled = True
+        if self._troubled_since is None:
+            self._troubled_since = now
+
+    # Waiting
+
+    async def _wait(self, now: float) -> None:
+        """Return when every frame was answered, when there is something to mend, or to look after
+        frames that are due."""
+        loop = asyncio.get_running_loop()
+        at = self._next_look()
+        self._wakeup = loop.create_future()
+        timer = loop.call_later(max(0.0, at - now), self._on_timer, at)
+        unsubscribe = self._pool.subscribe(self._wake) if self._is_troubled else None
+        try:
+            await self._wakeup
+        finally:
+            self._wakeup = None
+            timer.cancel()
+            if unsubscribe is not None:
+                unsubscribe()
+
+    def _next_look(self) -> float:
+        if not self._is_troubled:
+            return min([sent.due for sent in self._roots])
+        assert self._troubled_since is not None
+        at = self._troubled_since + self._limits.expert_wait_s
+        for root in self._roots:
+            for sent in root.unfinished():
+                if sent.state is FrameState.WAITING:
+                    at = min(at, sent.due)
+                elif sent.state is FrameState.FAILED:
+                    at = min(at, sent.retry_at)
+                elif self._may_leave_behind:
+                    at = min(at, self._leave_at(sent))
+        return at
+
+    def _on_timer(self, at: float, *, is_first: bool = True) -> None:
+        """Where the loop itself was held up, answers that came meanwhile are taken in first."""
+        if is_first and time.monotonic() - at > _TIMER_LAG_S:
+            again = asyncio.get_running_loop().call_later
+            again(_AFTER_LAG_S, lambda: self._on_timer(at, is_first=False))
+            return
+        self._trouble(time.monotonic())
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+
+def _over_tokens(plan: DispatchPlan, token_ids: NDArray[np.int64]) -> DispatchPlan:
+    """A plan over some of the call's tokens as one over all of them."""
+    frames = [frame._replace(token_ids=token_ids[frame.token_ids]) for frame in plan.frames]
+    return DispatchPlan(frames, token_ids[plan.token_ids])

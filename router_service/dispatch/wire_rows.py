@@ -42,6 +42,10 @@ class WireRows:
         """The rows [t, H] of each frame of the plan."""
         return plan.select(self._values)
 
+    def take(self, token_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows [t, H] of some tokens."""
+        return self._values.take(token_ids, axis=0)
+
     def scales(self, token_ids: NDArray[np.int64]) -> bytes:
         """float32 [t]; empty where rows have none."""
         return b"" if self._scales is None else self._scales[token_ids].tobytes()

@@ -42,7 +42,7 @@ class GrpcWorkerLink:
         self._on_broken = on_broken
         self._broken: str | None = None
         self._in_flight: dict[int, OnAnswer] = {}
-        self._outgoing: dict[int, asyncio.Queue[bytes]] = {}
+        self._outgoing: dict[int, asyncio.Queue[bytes | None]] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._channel = grpc.aio.insecure_channel(
             endpoint, options=channel_options(max_frame_bytes)
@@ -80,8 +80,8 @@ class GrpcWorkerLink:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
 
-    def _open_stream(self, stream: int) -> asyncio.Queue[bytes]:
-        outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+    def _open_stream(self, stream: int) -> asyncio.Queue[bytes | None]:
+        outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._outgoing[stream] = outgoing
         method = self._channel.stream_stream(
             DISPATCH_METHOD, request_serializer=None, response_deserializer=None
@@ -115,12 +115,14 @@ class GrpcWorkerLink:
         if self._broken is not None:
             return
         self._broken = reason
+        for outgoing in self._outgoing.values():
+            outgoing.put_nowait(None)  # else gRPC's task would be left waiting for frames
         waiting, self._in_flight = self._in_flight, {}
         self._on_broken(reason)
         for on_answer in waiting.values():
             on_answer(None)
 
 
-async def _drain(outgoing: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
-    while True:
-        yield await outgoing.get()
+async def _drain(outgoing: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:
+    while (frame := await outgoing.get()) is not None:
+        yield frame

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from protos import experts_pb2
 from router_service.dispatch.admission import AdmissionRules
+from router_service.dispatch.replica_chooser import ReplicaChooser
 from router_service.dispatch.transport import ExpertTransport, WorkerLink
 from services.core.errors import ConfigurationError, UnavailableError
 from services.core.registry import FleetSnapshot, Slot, WorkerRecord
@@ -27,6 +29,8 @@ _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 0.5
 _NOT_READY_BACKOFF_S = 0.2
 _REFUSED_BACKOFF_S = 2.0
+_MAX_REFUSED_BACKOFF_S = 30.0
+_MIN_PROBE_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,9 @@ class _Member:
     slots: frozenset[Slot] | None = None
     max_frame_bytes: int = 0
     refusal: str = ""
+    num_refusals: int = 0
     missing_since: float | None = None
+    probed_at: float = 0.0
 
 
 class WorkerPool:
@@ -67,18 +73,25 @@ class WorkerPool:
         *,
         local_host: str | None,
         missing_grace_s: float,
+        chooser: ReplicaChooser,
         on_gone: Callable[[str], None],
+        on_ejected: Callable[[], None],
     ) -> None:
         self._transport = transport
         self._rules = rules
         self._local_host = local_host
         self._missing_grace_s = missing_grace_s
+        self._chooser = chooser
         self._on_gone = on_gone
+        self._on_ejected = on_ejected
+        self._subscribers: dict[object, Callable[[], None]] = {}
+        self._missing_since: dict[Slot, float] = {}
         self._members: dict[str, _Member] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._digests: dict[Slot, bytes] = {}
         self._changed = asyncio.Event()
         self._view = PoolView(table=self._build_table(0, ()), links=(), max_frame_bytes=())
+        self._chooser.follow(self._view.table)
 
     @property
     def view(self) -> PoolView:
@@ -102,6 +115,38 @@ class WorkerPool:
         except TimeoutError:
             return
 
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call back whenever workers or slots came or went. Returns what ends that."""
+        key = object()
+        self._subscribers[key] = callback
+        return lambda: self._subscribers.pop(key, None) and None
+
+    def announce(self) -> None:
+        """Tell all subscribers that who can be sent to has changed."""
+        for callback in tuple(self._subscribers.values()):
+            callback()
+
+    def missing_since(self, slot: Slot) -> float:
+        """When a slot lost its last replica, by `time.monotonic`; 0 while it has one."""
+        return self._missing_since.get(slot, 0.0)
+
+    def probe(self, worker_id: str) -> None:
+        """Ask a worker what it holds, if that was not done just now."""
+        member, now = self._members.get(worker_id), time.monotonic()
+        if member is not None and now - member.probed_at >= _MIN_PROBE_INTERVAL_S:
+            member.probed_at = now
+            member.wake.set()
+
+    def ejected(self, worker_id: str, reason: str) -> None:
+        """The chooser leaves a worker alone for a while."""
+        logger.warning("worker %s is left alone for a while: %s", worker_id, reason)
+        self._on_ejected()
+
+    def tick(self) -> None:
+        """Call every half second or so: probes ejected workers when it is time."""
+        for worker_id in self._chooser.tick(time.monotonic()):
+            self.probe(worker_id)
+
     def update(self, snapshot: FleetSnapshot) -> None:
         """Follow the registry."""
         now = asyncio.get_running_loop().time()
@@ -122,6 +167,7 @@ class WorkerPool:
                 member.missing_since = now
             if now - member.missing_since >= self._missing_grace_s or member.slots is None:
                 self._stop(member)
+                self._chooser.forget(worker_id)
                 self._on_gone(worker_id)
 
     def mark_draining(self, worker_id: str) -> None:
@@ -200,6 +246,9 @@ class WorkerPool:
         except UnavailableError:
             if member.slots is None:
                 raise
+            if self._chooser.is_ejected(record.worker_id):
+                self._chooser.probe_failed(record.worker_id, time.monotonic())
+                return None
             return _MAX_BACKOFF_S  # a busy worker; if it is a dead one the link breaks
         if description.state != experts_pb2.WORKER_STATE_READY:
             self._leave(member, "is not ready")
@@ -211,7 +260,10 @@ class WorkerPool:
                 logger.error("%s", error.message)
             member.refusal = error.message
             self._leave(member, "was refused")
-            return _REFUSED_BACKOFF_S
+            member.num_refusals += 1
+            return min(
+                _REFUSED_BACKOFF_S * 2.0 ** (member.num_refusals - 1), _MAX_REFUSED_BACKOFF_S
+            )
         self._take(member, link, description)
         return None
 
@@ -223,8 +275,11 @@ class WorkerPool:
             logger.info("worker %s joined with %d slots", member.record.worker_id, len(slots))
         for slot in description.slots:
             self._digests.setdefault((slot.layer, slot.expert), slot.digest)
-        member.refusal = ""
+        member.refusal, member.num_refusals = "", 0
         member.link, member.max_frame_bytes = link, description.max_frame_bytes
+        if self._chooser.is_ejected(member.record.worker_id):
+            logger.info("worker %s is used again", member.record.worker_id)
+            self._chooser.returned(member.record.worker_id)
         if member.slots != slots:
             member.slots = slots
             self._rebuild()
@@ -233,6 +288,7 @@ class WorkerPool:
         if member.slots is not None:
             logger.log(level, "worker %s left: %s", member.record.worker_id, reason)
             member.slots, member.link = None, None
+            self._chooser.left(member.record.worker_id)
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -250,8 +306,15 @@ class WorkerPool:
             links=tuple(member.link for member in joined if member.link is not None),
             max_frame_bytes=tuple(member.max_frame_bytes for member in joined),
         )
+        self._chooser.follow(self._view.table)
+        now = time.monotonic()
+        before = self._missing_since
+        self._missing_since = {
+            slot: before.get(slot, now) for slot in self._view.table.missing_slots()
+        }
         self._changed.set()
         self._changed = asyncio.Event()
+        self.announce()
 
     def _build_table(self, version: int, records: tuple[WorkerRecord, ...]) -> RoutingTable:
         return RoutingTable.build(

@@ -9,7 +9,6 @@ on other loops; see `output_stream` for the way back to them.
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -23,21 +22,24 @@ from opentelemetry.trace import NoOpTracer, Tracer
 
 from router_service.engine.deferred_emission import DeferredEmission
 from router_service.engine.engine_stats import EngineMetrics, EngineStats
+from router_service.engine.expert_waits import ExpertWaits
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.request_tracker import ActiveRequest, RequestTracker
 from router_service.engine.request_validation import validate_request
 from router_service.engine.step_runner import Decoder, MicroBatchOutcome, StepRunner, TokenSampler
 from router_service.engine.step_telemetry import StepSampler, step_carrier
 from router_service.engine.step_timings import StepTimings
-from router_service.experts import ExpertBackend
+from router_service.experts import ExpertAvailability, ExpertBackend
 from router_service.loop_thread import LoopThread
 from router_service.scheduling.scheduler import Scheduler
+from router_service.scheduling.sequence import SequenceStatus
 from router_service.scheduling.step_plan import ScheduledStep, SchedulerConfig
 from router_service.session_tier.block_transfer import BlockStorage, BlockTransfer
+from router_service.session_tier.checkpoint_writer import CheckpointWriter
 from router_service.session_tier.session_tier import RestoreRequest, RestoreResult, SessionTier
 from router_service.session_tier.session_writer import SessionWriter
 from services.core import telemetry
-from services.core.errors import DrainingError, ExpertfleetError, UnavailableError
+from services.core.errors import ExpertfleetError, ShardLostError
 from services.core.generation import GenerateRequest, GenerationDelta
 from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
@@ -92,9 +94,7 @@ class Engine:
         self._scheduler = Scheduler(scheduler_config)
         self._hub = OutputHub()
         transfer = BlockTransfer(kv_cache, session_tier.layout) if session_tier else None
-        sessions = None
-        if session_tier is not None and transfer is not None:
-            sessions = SessionWriter(session_tier, transfer, block_size=block_size)
+        sessions, checkpoints = _writers(session_tier, transfer, block_size)
         self._tracker = RequestTracker(
             scheduler=self._scheduler,
             hub=self._hub,
@@ -102,6 +102,7 @@ class Engine:
             model_fingerprint=model_fingerprint,
             eos_token_ids=config.eos_token_ids,
             sessions=sessions,
+            checkpoints=checkpoints,
         )
         self._runner = StepRunner(
             decoder=decoder,
@@ -114,6 +115,10 @@ class Engine:
             eos_token_ids=config.eos_token_ids,
             transfer=transfer,
         )
+        self._waits: ExpertWaits | None = None
+        if isinstance(experts, ExpertAvailability):
+            self._waits = ExpertWaits(experts, self._scheduler)
+        self._wait_timer: asyncio.TimerHandle | None = None
         self._step_sampler = StepSampler(tracer, interval=step_sample_interval)
         self._emission = DeferredEmission(self._emit)
         self._num_steps = 0
@@ -141,7 +146,7 @@ class Engine:
         self._thread.call_soon(self._begin)
 
     async def stop(self, timeout_s: float = 30.0) -> None:
-        """Refuse new requests, let running ones finish for `timeout_s`, fail the rest.
+        """Refuse new requests, let running ones finish for `timeout_s`, give the rest back.
 
         Then write queued session blocks (for at most `timeout_s` again) and close the experts.
         """
@@ -154,17 +159,32 @@ class Engine:
         await self._thread.run(self._experts.close())
         await self._thread.stop()
 
+    async def hand_back(self, flush_s: float = 1.0) -> None:
+        """Refuse new requests and give running ones back at once, as `ShardLostError`.
+
+        Checkpoints go to the store first, for at most `flush_s`: the tokens of these requests go
+        on elsewhere, from them. `stop` comes after.
+        """
+        self._is_stopping = True
+        if self._tier is not None:
+            await self._tier.flush(flush_s)
+        if self._thread.is_alive:
+            await self._thread.run(self._give_all_back())
+
     def check_alive(self) -> None:
-        """Raise `UnavailableError` when the engine has died or was stopped."""
+        """Raise `ShardLostError` when the engine has died or was stopped."""
         if self._broken is not None:
-            raise UnavailableError(
+            raise ShardLostError(
                 f"the engine has failed ({type(self._broken).__name__}: {self._broken}); "
-                "restart the shard"
+                "restart the shard",
+                reason="unreachable",
             )
         if self._is_stopping:
-            raise DrainingError("the shard is stopping; send the request to another one")
+            raise ShardLostError(
+                "the shard is stopping; send the request to another one", reason="drained"
+            )
         if not self._thread.is_alive:
-            raise UnavailableError("the engine is not running")
+            raise ShardLostError("the engine is not running", reason="unreachable")
 
     def check_ready(self) -> None:
         """Raise `UnavailableError` when a request could not be served now."""
@@ -176,9 +196,10 @@ class Engine:
     ) -> AsyncGenerator[tuple[GenerationDelta, ...], None]:
         """Yield deltas until every completion has a finish reason; see `ShardClient.generate`.
 
-        Raises `InvalidRequestError`, `ContextLengthError`, `OverloadedError` and
-        `UnavailableError` before the first delta; later `ExpertUnavailableError`,
-        `NonFiniteError`, or another `ExpertfleetError` when the engine itself failed.
+        Raises `InvalidRequestError`, `ContextLengthError` and `OverloadedError` before the first
+        delta; later `ExpertUnavailableError`, `NonFiniteError`, or another `ExpertfleetError` when
+        a step failed. `ShardLostError` at any time: the engine stops or is broken, and what it had
+        emitted can be resumed by another one.
         """
         self.check_alive()
         validate_request(request, vocab_size=self.config.vocab_size)
@@ -187,7 +208,7 @@ class Engine:
         )
         stream = OutputStream(asyncio.get_running_loop())
         if not self._thread.call_soon(self._submit, request, stream):
-            raise UnavailableError("the engine is not running")
+            raise ShardLostError("the engine is not running", reason="unreachable")
         try:
             while deltas := await stream.next():
                 yield deltas
@@ -211,8 +232,11 @@ class Engine:
             num_cached_tokens=tracker.num_cached_tokens,
             num_restored_tokens=tracker.num_restored_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_resumed_requests=tracker.num_resumed_requests,
+            num_recomputed_tokens=tracker.num_recomputed_tokens,
             expert_load=self._experts.expert_load(),
             sessions=self._tier.stats() if self._tier is not None else None,
+            predicted_wait_s=scheduler.predicted_wait_s,
             num_micro_batches=self._num_micro_batches,
             timings=replace(self._timings),
         )
@@ -227,13 +251,15 @@ class Engine:
     def _begin(self) -> None:
         if self._num_threads is not None:
             set_num_threads(self._num_threads)
+        if isinstance(self._experts, ExpertAvailability):
+            self._experts.on_change(self._wake.set)
         self._serving = self._thread.loop.create_task(self._serve())
 
     def _submit(self, request: GenerateRequest, stream: OutputStream) -> None:
         try:
             self.check_alive()
-            active = self._tracker.open(request, stream)
-            if self._tier is not None and request.session_id is not None:
+            active = self._tracker.open(request, stream, now=time.perf_counter())
+            if self._tier is not None and self._tracker.asks_store(request):
                 self._ask_store(self._tier, active)
         except ExpertfleetError as error:
             self._hub.close(stream, error)
@@ -245,7 +271,7 @@ class Engine:
         self._wake.set()
 
     def _ask_store(self, tier: SessionTier, active: ActiveRequest) -> None:
-        hashes = self._tracker.prompt_hashes(active)
+        hashes = self._tracker.known_hashes(active)
         room = tier.max_blocks_to_fetch(self._scheduler.restored_bytes)
         missing = len(hashes) - active.num_local_blocks
         question = RestoreRequest(
@@ -276,8 +302,8 @@ class Engine:
         except Exception as error:
             _logger.critical("the engine has failed", exc_info=error)
             self._broken = error
-            failure = _internal_error(error)
-            self._tracker.fail_all(lambda: copy.copy(failure))
+            message = _internal_error(error).message
+            self._tracker.fail_all(lambda: ShardLostError(message, reason="died"))
             self._hub.flush()
             self._drained.set()
 
@@ -286,6 +312,8 @@ class Engine:
         start = time.perf_counter()
         if self._tracker.is_empty:
             self._drained.set()
+        if self._waits:
+            self._tend_waits(self._waits)
         plan = self._scheduler.schedule()
         self._tracker.admitted(plan.admitted)
         if not plan.entries:
@@ -295,9 +323,11 @@ class Engine:
         timings = await self._compute(plan)
         timings.schedule_s = schedule_s
         ended = time.perf_counter()
+        self._scheduler.observe_step(plan, started_at=start, ended_at=ended)
         timings.step_s = ended - start
         self._timings.add(timings)
         self._emission.end_step()
+        self._tracker.checkpoint(timings.step_s)
         emission_s = time.perf_counter() - ended
         self._timings.emit_s += emission_s
         self._timings.step_s += emission_s
@@ -332,8 +362,42 @@ class Engine:
             self._observe_prefill(self._tier, plan, timings.step_s)
         return timings
 
+    def _tend_waits(self, waits: ExpertWaits) -> None:
+        """Let sequences go on whose experts are back, fail those that waited too long, and see to
+        it that the next of these is not missed while nothing else happens."""
+        now = time.monotonic()
+        for entry, error in waits.tend(now):
+            self._tracker.apply(MicroBatchOutcome(entries=(entry,), error=error))
+        if self._wait_timer is not None:
+            self._wait_timer.cancel()
+            self._wait_timer = None
+        at = waits.next_failure()
+        if at is not None:
+            delay_s = max(0.0, at - now) + 0.001
+            self._wait_timer = self._thread.loop.call_later(delay_s, self._wake.set)
+
+    def _note_incidents(self, outcome: MicroBatchOutcome) -> None:
+        """Into the traces of the requests that were hit, and who must wait."""
+        incidents, waits = outcome.incidents, self._waits
+        if incidents is not None and (incidents.resends or outcome.left_behind):
+            left = [item.entry for item in outcome.left_behind]
+            for entry in (*outcome.entries, *left):
+                if entry.sequence.status is not SequenceStatus.FINISHED:
+                    self._tracker.trace_of(entry.sequence).resent(incidents.resends)
+            for item in outcome.left_behind:
+                if item.entry.sequence.status is not SequenceStatus.FINISHED:
+                    self._tracker.trace_of(item.entry.sequence).waits_for(item.missing)
+        if waits is not None:
+            now = time.monotonic()
+            if waits and outcome.error is None:
+                advanced = [entry for entry in outcome.entries if entry.num_tokens]
+                waits.advanced(advanced, now)
+            for item in outcome.left_behind:
+                waits.park(item, now)
+
     def _apply(self, outcome: MicroBatchOutcome) -> None:
         try:
+            self._note_incidents(outcome)
             self._tracker.apply(outcome)
         except Exception as error:
             _logger.error("a step's result could not be used", exc_info=error)
@@ -357,13 +421,32 @@ class Engine:
                 async with asyncio.timeout(timeout_s):
                     await self._drained.wait()
             except TimeoutError:
-                _logger.warning("requests did not finish within %.1f s and are failed", timeout_s)
+                _logger.warning("requests did not finish within %.1f s: given back", timeout_s)
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
+        await self._give_all_back()
+
+    async def _give_all_back(self) -> None:
+        """Safe in the middle of a step, as an abort is."""
         self._tracker.fail_all(
-            lambda: UnavailableError("the shard was stopped before the request finished; try again")
+            lambda: ShardLostError(
+                "the shard was stopped before the request finished; try again", reason="drained"
+            )
         )
         self._hub.flush()
+        self._wake.set()
+
+
+def _writers(
+    tier: SessionTier | None, transfer: BlockTransfer | None, block_size: int
+) -> tuple[SessionWriter | None, CheckpointWriter | None]:
+    """Who writes blocks of sessions, and of all else; see the setting `checkpoint_kv`."""
+    if tier is None or transfer is None or tier.checkpoint_kv == "off":
+        return None, None
+    sessions = SessionWriter(tier, transfer, block_size=block_size)
+    if tier.checkpoint_kv == "sessions":
+        return sessions, None
+    return sessions, CheckpointWriter(tier, transfer, block_size=block_size)
 
 
 def _internal_error(error: BaseException) -> ExpertfleetError:

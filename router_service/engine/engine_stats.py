@@ -21,7 +21,10 @@ from services.core.metrics import TOKEN_BUCKETS_S
 class EngineStats:
     """Gauges of now and counts since start.
 
-    `waiting_tokens` are prompt tokens not yet admitted. `num_cached_tokens` counts prompt tokens
+    What a resumed request brings along counts as prompt. `num_recomputed_tokens` are those tokens
+    of resumed requests whose KV was neither here nor in the store.
+    `waiting_tokens` are prompt tokens not yet admitted, and `predicted_wait_s` how long a request
+    that came now would wait for its turn. `num_cached_tokens` counts prompt tokens
     whose KV was not recomputed, `num_restored_tokens` those among them that came from the session
     store. `expert_load` is int64 [layers, experts], assignments since start. `num_micro_batches`
     is how many the last step was split into, `timings` where the time of all steps went.
@@ -39,8 +42,11 @@ class EngineStats:
     num_cached_tokens: int
     num_restored_tokens: int
     num_preemptions: int
+    num_resumed_requests: int
+    num_recomputed_tokens: int
     expert_load: NDArray[np.int64]
     sessions: SessionTierStats | None = None
+    predicted_wait_s: float = 0.0
     num_micro_batches: int = 0
     timings: StepTimings = field(default_factory=StepTimings)
 
@@ -79,6 +85,11 @@ class EngineMetrics(Collector):
             (telemetry.METRIC_RUNNING, "Sequences in the running batch", stats.num_running),
             (telemetry.METRIC_WAITING, "Sequences that wait to be admitted", stats.num_waiting),
             (telemetry.METRIC_WAITING_TOKENS, "Prompt tokens that wait", stats.waiting_tokens),
+            (
+                telemetry.METRIC_PREDICTED_WAIT,
+                "Seconds until the turn of a request that comes now, as predicted",
+                stats.predicted_wait_s,
+            ),
             (telemetry.METRIC_KV_USED, "KV blocks that sequences hold", stats.kv_blocks_used),
             (telemetry.METRIC_KV_TOTAL, "KV blocks of the cache", stats.kv_blocks_total),
             (telemetry.METRIC_MICRO_BATCHES, "Parts of the last step", stats.num_micro_batches),
@@ -91,6 +102,16 @@ class EngineMetrics(Collector):
             (telemetry.METRIC_CACHED_TOKENS, "Prompt tokens reused", stats.num_cached_tokens),
             (telemetry.METRIC_RESTORED_TOKENS, "Tokens from sessions", stats.num_restored_tokens),
             (telemetry.METRIC_PREEMPTIONS, "Sequences evicted", stats.num_preemptions),
+            (
+                telemetry.METRIC_RESUMED_REQUESTS,
+                "Requests that another shard had before and was lost",
+                stats.num_resumed_requests,
+            ),
+            (
+                telemetry.METRIC_RECOMPUTED_TOKENS,
+                "Tokens of resumed requests that had to be computed again",
+                stats.num_recomputed_tokens,
+            ),
         ):
             yield CounterMetricFamily(name.removesuffix("_total"), text, value=value)
         yield _part_family(stats.timings)

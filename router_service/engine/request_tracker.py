@@ -17,18 +17,26 @@ from router_service.scheduling.scheduler import Scheduler
 from router_service.scheduling.sequence import Payload, SequenceStatus, completion_seed
 from router_service.scheduling.sequence import Sequence as TokenSequence
 from router_service.scheduling.step_plan import ScheduledSequence
+from router_service.session_tier.checkpoint_writer import CheckpointWriter
 from router_service.session_tier.session_tier import RestoreResult
 from router_service.session_tier.session_writer import SessionWriter
-from services.core.errors import NonFiniteError
-from services.core.generation import FinishReason, GenerateRequest, GenerationDelta
+from services.core.errors import NonFiniteError, ShardLostError
+from services.core.generation import (
+    FinishReason,
+    GenerateRequest,
+    GenerationDelta,
+    ResumedChoice,
+)
 
 
 class ActiveRequest:
     """A request with at least one unfinished sequence. `sequences[0]` is computed first; the
-    others are held until its prefill is done, and then share its full blocks."""
+    others are held until it has computed the prompt, and then share the prompt's full blocks.
+    Completions that were finished when the request was resumed have no sequence."""
 
     __slots__ = (
         "finish_reasons",
+        "holds_siblings",
         "num_local_blocks",
         "num_stored_blocks",
         "request",
@@ -49,10 +57,11 @@ class ActiveRequest:
         self.sequences = sequences
         self.trace = trace
         self.finish_reasons: list[FinishReason] = []
+        self.holds_siblings = len(sequences) > 1
         self.num_local_blocks = 0
-        """Leading prompt blocks that were in the prefix cache at arrival; with a session only."""
+        """Leading blocks that were in the prefix cache at arrival; where the store is asked."""
         self.num_stored_blocks = 0
-        """Leading prompt blocks that the session store had before."""
+        """Leading blocks that the session store had before."""
 
 
 class RequestTracker:
@@ -67,6 +76,7 @@ class RequestTracker:
         model_fingerprint: bytes,
         eos_token_ids: tuple[int, ...],
         sessions: SessionWriter | None,
+        checkpoints: CheckpointWriter | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._hub = hub
@@ -74,6 +84,7 @@ class RequestTracker:
         self._model_fingerprint = model_fingerprint
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sessions = sessions
+        self._checkpoints = checkpoints
         self._by_stream: dict[OutputStream, ActiveRequest] = {}
         self._by_order: dict[int, ActiveRequest] = {}
         self._next_order = 0
@@ -82,6 +93,8 @@ class RequestTracker:
         self.num_generated_tokens = 0
         self.num_cached_tokens = 0
         self.num_restored_tokens = 0
+        self.num_resumed_requests = 0
+        self.num_recomputed_tokens = 0
 
     @property
     def is_empty(self) -> bool:
@@ -90,33 +103,47 @@ class RequestTracker:
     def trace_of(self, sequence: TokenSequence) -> RequestTrace:
         return self._by_order[sequence.order].trace
 
-    def open(self, request: GenerateRequest, stream: OutputStream) -> ActiveRequest:
-        """Queue a request's sequences. Raises `ContextLengthError` and `OverloadedError`.
+    def open(self, request: GenerateRequest, stream: OutputStream, *, now: float) -> ActiveRequest:
+        """Queue a request's sequences. Raises `ContextLengthError` and `OverloadedError`, the
+        latter not for a resumed request, which was admitted once. `now`: a monotonic clock's.
 
-        With a session the caller must ask the store next, then call `restored`; until then the
-        first sequence is held unless all of its blocks are here.
+        Where `asks_store` says so, the caller must ask the store next, then call `restored`; until
+        then the first sequence is held unless all of its blocks are here.
         """
-        self._scheduler.check_admission(len(request.prompt_token_ids))
-        sequences = self._make_sequences(request)
+        if request.resumed:
+            self.num_resumed_requests += 1
+        else:
+            self._scheduler.check_admission(
+                len(request.prompt_token_ids), now=now, priority=request.priority
+            )
+        sequences = self._make_sequences(request, arrived_at=now)
         active = ActiveRequest(request, stream, sequences, RequestTrace(self._tracer, request))
         leader = sequences[0]
         is_missing = False
-        if self._has_session(request):
+        if self.asks_store(request):
             active.num_local_blocks = self._scheduler.count_cached_blocks(leader)
-            is_missing = active.num_local_blocks < len(self.prompt_hashes(active))
+            is_missing = active.num_local_blocks < len(self.known_hashes(active))
         self._scheduler.add(leader, held=is_missing)
+        block_size = self._scheduler.config.block_size
         for sibling in sequences[1:]:
-            sibling.hashes = list(leader.hashes)
-            self._scheduler.add(sibling, held=True)
+            shared = min(leader.num_prompt_tokens, sibling.num_tokens - 1) // block_size
+            sibling.hashes = leader.hashes[: shared + 1]
+            self._scheduler.add(sibling, held=True, num_shared_tokens=shared * block_size)
         self._by_stream[stream] = active
         for sequence in sequences:
             self._by_order[sequence.order] = active
         return active
 
-    def prompt_hashes(self, active: ActiveRequest) -> Sequence[bytes]:
-        """Hashes of the prompt's full blocks that need not be computed if they are found."""
+    def asks_store(self, request: GenerateRequest) -> bool:
+        """Whether the store may have KV of this request: a session's, or a lost shard's."""
+        is_checkpointed = self._checkpoints is not None and bool(request.resumed)
+        return is_checkpointed or self._has_session(request)
+
+    def known_hashes(self, active: ActiveRequest) -> Sequence[bytes]:
+        """Hashes of the first sequence's full blocks that need not be computed if they are found:
+        those of the prompt and of what a resumed request brought along."""
         leader, block_size = active.sequences[0], self._scheduler.config.block_size
-        return leader.block_hashes((leader.num_prompt_tokens - 1) // block_size, block_size)
+        return leader.block_hashes((leader.num_tokens - 1) // block_size, block_size)
 
     def restored(self, active: ActiveRequest, result: RestoreResult) -> None:
         """The store has answered; its payloads continue the blocks that were here."""
@@ -125,9 +152,13 @@ class RequestTracker:
         num_tokens = len(result.payloads) * self._scheduler.config.block_size
         active.trace.restored(result.start_ns, result.end_ns, num_tokens)
         active.num_stored_blocks = result.num_stored
-        for sequence in active.sequences:
-            if sequence.num_saved_blocks is None:
-                sequence.num_saved_blocks = result.num_stored
+        if self._has_session(active.request):
+            for sequence in active.sequences:
+                if sequence.num_saved_blocks is None:
+                    full = sequence.num_tokens // self._scheduler.config.block_size
+                    sequence.num_saved_blocks = min(result.num_stored, full)
+        elif self._checkpoints is not None:
+            self._checkpoints.adopt(active.sequences[0], result.num_stored)
         payloads: dict[int, Payload] = dict(
             enumerate(result.payloads, start=active.num_local_blocks)
         )
@@ -139,7 +170,9 @@ class RequestTracker:
             active = self._by_order[sequence.order]
             active.trace.scheduled()
             if sequence.num_preemptions == 0:
-                self.num_prompt_tokens += sequence.num_prompt_tokens
+                self.num_prompt_tokens += sequence.num_tokens
+                if active.request.resumed:
+                    self.num_recomputed_tokens += sequence.num_tokens - sequence.num_cached_tokens
                 self.num_cached_tokens += sequence.num_cached_tokens
                 self.num_restored_tokens += sequence.num_restored_tokens
 
@@ -177,7 +210,14 @@ class RequestTracker:
         for stream in tuple(self._by_stream):
             self.fail(stream, make_error())
 
-    def _make_sequences(self, request: GenerateRequest) -> tuple[TokenSequence, ...]:
+    def checkpoint(self, step_s: float) -> None:
+        """Save what there is time for after a step that took `step_s`."""
+        if self._checkpoints is not None:
+            self._checkpoints.save(step_s)
+
+    def _make_sequences(
+        self, request: GenerateRequest, *, arrived_at: float
+    ) -> tuple[TokenSequence, ...]:
         root = root_hash(
             tenant=request.tenant,
             model_fingerprint=self._model_fingerprint,
@@ -186,18 +226,24 @@ class RequestTracker:
         seed = request.sampling.seed
         if seed is None:
             seed = secrets.randbits(64)
+        resumed = request.resumed or (ResumedChoice(),) * request.n
+        unfinished = [index for index, choice in enumerate(resumed) if not choice.is_finished]
         first = self._next_order
-        self._next_order += request.n
+        self._next_order += len(unfinished)
         return tuple(
             TokenSequence(
-                order=first + index,
+                order=order,
                 index=index,
                 prompt_token_ids=request.prompt_token_ids,
                 sampling=request.sampling,
                 seed=completion_seed(seed, index),
                 root=root,
+                output_token_ids=resumed[index].token_ids,
+                priority=request.priority,
+                arrived_at=arrived_at,
+                is_resumed=bool(request.resumed),
             )
-            for index in range(request.n)
+            for order, index in enumerate(unfinished, start=first)
         )
 
     def _commit(self, active: ActiveRequest, entry: ScheduledSequence) -> None:
@@ -207,15 +253,18 @@ class RequestTracker:
             self.num_prefilled_tokens += entry.num_tokens
         if self._sessions is not None and self._has_session(active.request):
             self._sessions.save_new_blocks(active.request, sequence)
-        if entry.is_prefill and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+        elif self._checkpoints is not None:
+            self._checkpoints.committed(sequence)
+        if active.holds_siblings and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             self._release_siblings(active)
 
     def _release_siblings(self, active: ActiveRequest) -> None:
         """The prompt's full blocks are published now; who shares them need not save them again."""
+        active.holds_siblings = False
         leader, block_size = active.sequences[0], self._scheduler.config.block_size
         for sibling in active.sequences[1:]:
             if sibling.status is SequenceStatus.HELD:
-                if leader.num_saved_blocks is not None:
+                if self._has_session(active.request) and leader.num_saved_blocks is not None:
                     shared = leader.num_prompt_tokens // block_size
                     sibling.num_saved_blocks = min(leader.num_saved_blocks, shared)
                 self._scheduler.release_hold(sibling)
@@ -248,8 +297,8 @@ class RequestTracker:
                 logprobs=(sampled.logprob,) if has_logprob and sampled.logprob else None,
                 finish_reason=finish_reason,
                 stop_token_id=token_id if is_stop else None,
-                num_cached_tokens=sequence.num_cached_tokens,
-                num_restored_tokens=sequence.num_restored_tokens,
+                num_cached_tokens=min(sequence.num_cached_tokens, sequence.num_prompt_tokens),
+                num_restored_tokens=min(sequence.num_restored_tokens, sequence.num_prompt_tokens),
             ),
         )
         if finish_reason is not None:
@@ -268,7 +317,7 @@ class RequestTracker:
     ) -> None:
         if self._sessions is not None and self._has_session(active.request):
             self._sessions.save_last(active.request, sequence, active.num_stored_blocks)
-        self._scheduler.finish(sequence)
+        self._end(sequence)
         active.finish_reasons.append(finish_reason)
         if len(active.finish_reasons) == len(active.sequences):
             self._close(active)
@@ -282,14 +331,28 @@ class RequestTracker:
         if active is None:
             return
         if culprit is not None:
-            self._scheduler.finish(culprit, forget=True)
+            self._end(culprit, forget_blocks=True)
         self.fail(active.stream, error)
+
+    def _end(
+        self,
+        sequence: TokenSequence,
+        *,
+        forget_blocks: bool = False,
+        keep_checkpoint: bool = False,
+    ) -> None:
+        if self._checkpoints is not None and not self._has_session(
+            self._by_order[sequence.order].request
+        ):
+            self._checkpoints.ended(sequence, forget=not keep_checkpoint)
+        self._scheduler.finish(sequence, forget=forget_blocks)
 
     def _close(self, active: ActiveRequest, error: Exception | None = None) -> None:
         """Take a request out: its unfinished sequences, its trace, its entries here."""
         for sequence in active.sequences:
             if sequence.status is not SequenceStatus.FINISHED:
-                self._scheduler.finish(sequence)
+                # Lost here, it goes on elsewhere, and there its checkpoint is wanted.
+                self._end(sequence, keep_checkpoint=isinstance(error, ShardLostError))
             del self._by_order[sequence.order]
         del self._by_stream[active.stream]
         reasons: list[str] = [*active.finish_reasons]

@@ -6,7 +6,12 @@ import math
 from typing import Final
 
 from services.core.errors import InvalidRequestError
-from services.core.generation import GenerateRequest, SamplingParams
+from services.core.generation import (
+    MAX_PRIORITY,
+    MIN_PRIORITY,
+    GenerateRequest,
+    SamplingParams,
+)
 
 MAX_COMPLETIONS: Final = 128
 
@@ -23,7 +28,31 @@ def validate_request(request: GenerateRequest, *, vocab_size: int) -> None:
             f"prompt token {wrong} is outside the vocabulary of {vocab_size}", param="prompt"
         )
     _check(1 <= request.n <= MAX_COMPLETIONS, "n", request.n, f"1 to {MAX_COMPLETIONS}")
+    _check(
+        MIN_PRIORITY <= request.priority <= MAX_PRIORITY,
+        "priority",
+        request.priority,
+        f"{MIN_PRIORITY} to {MAX_PRIORITY}",
+    )
     _validate_sampling(request.sampling, vocab_size)
+    if request.resumed:
+        _validate_resumed(request, vocab_size)
+
+
+def _validate_resumed(request: GenerateRequest, vocab_size: int) -> None:
+    """Its completions must be able to go on just as they were."""
+    resumed, params = request.resumed, request.sampling
+    _check(len(resumed) == request.n, "resumed", f"of {len(resumed)}", f"of n ({request.n})")
+    _check(params.seed is not None, "seed", params.seed, "given where completions are resumed")
+    _check(not all(choice.is_finished for choice in resumed), "resumed", "finished", "unfinished")
+    for choice in resumed:
+        if choice.is_finished:
+            continue
+        num_tokens, limit = len(choice.token_ids), params.max_tokens - 1
+        _check(num_tokens <= limit, "resumed", f"{num_tokens} tokens", f"at most {limit}")
+        for token_id in choice.token_ids:
+            allowed = f"token 0 to {vocab_size - 1}"
+            _check(0 <= token_id < vocab_size, "resumed", token_id, allowed)
 
 
 def _validate_sampling(params: SamplingParams, vocab_size: int) -> None:

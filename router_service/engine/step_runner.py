@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +14,16 @@ from typing import Any, Literal, Protocol
 import torch
 
 from router_service.engine.batch_builder import build_batch, split_micro_batches
+from router_service.engine.expert_waits import LeftBehind
 from router_service.engine.micro_batch_chooser import MicroBatchChooser, StepCost, StepShape
 from router_service.engine.step_timings import StepTimings, TimedExperts, TimesItsCalls
-from router_service.experts import ExpertBackend, StepContext
+from router_service.experts import (
+    ExpertAvailability,
+    ExpertBackend,
+    NothingLeftError,
+    StepContext,
+    StepIncidents,
+)
 from router_service.model.batch import ForwardBatch
 from router_service.sampling.sampler import SampledToken, SamplingRow
 from router_service.scheduling.step_plan import ScheduledSequence
@@ -43,11 +52,17 @@ class TokenSampler(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatchOutcome:
-    """`tokens` by entry, None where the entry does not sample; or the error that all share."""
+    """`tokens` by entry, None where the entry does not sample; or the error that all share.
+
+    Entries in `left_behind` lacked an expert: of these, `entries` have no more than what was
+    imported. `incidents` is what befell the micro-batch, where its experts tell.
+    """
 
     entries: Sequence[ScheduledSequence]
     tokens: Sequence[SampledToken | NonFiniteError | None] = ()
     error: ExpertfleetError | None = None
+    left_behind: Sequence[LeftBehind] = ()
+    incidents: StepIncidents | None = None
 
 
 class StepRunner:
@@ -80,6 +95,7 @@ class StepRunner:
         self._num_micro_batches = num_micro_batches
         self._chooser = MicroBatchChooser()
         self._call_timer = experts if isinstance(experts, TimesItsCalls) else None
+        self._may_leave_behind = isinstance(experts, ExpertAvailability)
         self._eos_token_ids = eos_token_ids
         self._transfer = transfer
 
@@ -105,7 +121,13 @@ class StepRunner:
         )
         run = _StepRun(timings=timings, apply=apply, on_dispatch=on_dispatch)
         contexts = [
-            StepContext(step=step, micro_batch=index, trace_context=trace_context)
+            StepContext(
+                step=step,
+                micro_batch=index,
+                num_micro_batches=len(groups),
+                trace_context=trace_context,
+                incidents=StepIncidents() if self._may_leave_behind else None,
+            )
             for index in range(len(groups))
         ]
         if len(groups) == 1:
@@ -135,14 +157,13 @@ class StepRunner:
         start = time.perf_counter()
         run.apply(outcome)
         run.timings.emit_s += time.perf_counter() - start
-        return outcome.error is None
+        return outcome.error is None and not outcome.left_behind
 
     async def _outcome(
         self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
     ) -> MicroBatchOutcome:
         try:
-            tokens = await self._compute(group, context, run)
-            return MicroBatchOutcome(entries=group, tokens=tokens)
+            return await self._compute(group, context, run)
         except ExpertfleetError as error:
             _logger.warning("step %d: micro-batch failed: %s", context.step, error)
             return MicroBatchOutcome(entries=group, error=error)
@@ -156,7 +177,7 @@ class StepRunner:
 
     async def _compute(
         self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
-    ) -> list[SampledToken | NonFiniteError | None]:
+    ) -> MicroBatchOutcome:
         timings, start = run.timings, time.perf_counter()
         for entry in group:
             for block_id, payload in entry.imports:
@@ -164,19 +185,31 @@ class StepRunner:
                 self._transfer.import_block(block_id, payload)
         computing = [entry for entry in group if entry.num_tokens]
         if not computing:
-            return [None] * len(group)
+            return MicroBatchOutcome(entries=group, tokens=[None] * len(group))
         batch = build_batch(computing, self._block_size, self._device)
         timings.prepare_s += time.perf_counter() - start
         experts = TimedExperts(self._experts, timings, run.on_dispatch)
-        logits = await self._decoder.forward(batch, self._kv_cache, experts, context)
+        logits: torch.Tensor | None = None
+        with contextlib.suppress(NothingLeftError):
+            logits = await self._decoder.forward(batch, self._kv_cache, experts, context)
         experts.finish_forward()
         start = time.perf_counter()
+        incidents, left_behind = context.incidents, []
+        if incidents is not None and incidents.missing:
+            left_behind = _left_behind(computing, batch, incidents)
+            logits = _without(logits, computing, left_behind)
+            group = _what_is_left(group, left_behind)
         sampling = [entry for entry in group if entry.samples]
-        if not sampling:
-            return [None] * len(group)
-        drawn = iter(self._sampler.sample(logits, [self._row(entry) for entry in sampling]))
-        timings.sample_s += time.perf_counter() - start
-        return [next(drawn) if entry.samples else None for entry in group]
+        if sampling:
+            assert logits is not None
+            drawn = iter(self._sampler.sample(logits, [self._row(entry) for entry in sampling]))
+            timings.sample_s += time.perf_counter() - start
+        return MicroBatchOutcome(
+            entries=group,
+            tokens=[next(drawn) if entry.samples else None for entry in group],
+            left_behind=left_behind,
+            incidents=incidents,
+        )
 
     def _row(self, entry: ScheduledSequence) -> SamplingRow:
         sequence = entry.sequence
@@ -209,6 +242,46 @@ class _StepRun:
     timings: StepTimings
     apply: Callable[[MicroBatchOutcome], None]
     on_dispatch: Callable[[], None]
+
+
+def _left_behind(
+    computing: Sequence[ScheduledSequence], batch: ForwardBatch, incidents: StepIncidents
+) -> list[LeftBehind]:
+    """The entries of which a row lacked an expert."""
+    left = []
+    for index, entry in enumerate(computing):
+        missing = incidents.missing_of(batch.query_start[index], batch.query_start[index + 1])
+        if missing is not None:
+            left.append(LeftBehind(entry=entry, missing=missing))
+    return left
+
+
+def _without(
+    logits: torch.Tensor | None,
+    computing: Sequence[ScheduledSequence],
+    left_behind: Sequence[LeftBehind],
+) -> torch.Tensor | None:
+    """The logits [R, V] of the sampling entries that were not left behind."""
+    if logits is None:
+        return None
+    left = {id(item.entry) for item in left_behind}
+    sampling = [entry for entry in computing if entry.samples]
+    kept = [row for row, entry in enumerate(sampling) if id(entry) not in left]
+    return logits[torch.tensor(kept, dtype=torch.int64, device=logits.device)]
+
+
+def _what_is_left(
+    group: Sequence[ScheduledSequence], left_behind: Sequence[LeftBehind]
+) -> list[ScheduledSequence]:
+    """The group's entries without what was left behind; imported blocks count all the same."""
+    left = {id(item.entry) for item in left_behind}
+    rest = []
+    for entry in group:
+        if id(entry) not in left:
+            rest.append(entry)
+        elif entry.imports:
+            rest.append(dataclasses.replace(entry, num_tokens=0, samples=False))
+    return rest
 
 
 def _shape(entries: Sequence[ScheduledSequence]) -> StepShape:

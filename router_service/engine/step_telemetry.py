@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from opentelemetry.trace import Link, Span, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
+from router_service.experts import MissingExperts, Resend
 from router_service.scheduling.sequence import Sequence as TokenSequence
 from router_service.scheduling.step_plan import ScheduledSequence
 from services.core import telemetry
@@ -65,6 +66,27 @@ class RequestTrace:
                 self._scheduled_ns,
                 self._first_token_ns,
                 {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
+            )
+
+    def resent(self, resends: Sequence[Resend]) -> None:
+        """Frames with tokens of this request were sent again."""
+        if self.is_recording:
+            for layer, worker_id, reason in resends:
+                self.span.add_event(
+                    telemetry.EVENT_RESENT,
+                    {
+                        telemetry.ATTR_LAYER: layer,
+                        telemetry.ATTR_WORKER_ID: worker_id,
+                        telemetry.ATTR_RETRY_REASON: reason,
+                    },
+                )
+
+    def waits_for(self, missing: MissingExperts) -> None:
+        """A sequence of this request could not go on for want of experts."""
+        if self.is_recording:
+            self.span.add_event(
+                telemetry.EVENT_EXPERT_WAIT,
+                {telemetry.ATTR_LAYER: missing.layer, telemetry.ATTR_EXPERT_IDS: missing.experts},
             )
 
     def end(
@@ -190,6 +212,9 @@ def _request_attributes(request: GenerateRequest) -> dict[str, AttributeValue]:
         telemetry.GEN_AI_REQUEST_MAX_TOKENS: request.sampling.max_tokens,
         telemetry.GEN_AI_REQUEST_TEMPERATURE: request.sampling.temperature,
     }
+    if request.resumed:
+        num_resumed = sum(len(choice.token_ids) for choice in request.resumed)
+        attributes[telemetry.ATTR_NUM_RESUMED_TOKENS] = num_resumed
     if request.session_id is not None:
         attributes[telemetry.GEN_AI_CONVERSATION_ID] = request.session_id
     return attributes

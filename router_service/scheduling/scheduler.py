@@ -2,25 +2,36 @@
 
 Pure bookkeeping; the engine calls `schedule`, runs the step, then `commit`s or `finish`es each
 entry. Rules:
-- Every running decode comes first, the oldest before the younger, one token each. What is left of
-  `max_num_batched_tokens` goes to prefill in chunks, in order of arrival.
+- Sequences have one order, their rank: by priority and age (see `rank`).
+- Every running decode comes first, in that order, one token each. What is left of
+  `max_num_batched_tokens` goes to prefill in chunks, in that order too: an urgent prompt that can
+  be admitted does not wait for the end of a long one.
 - A sequence is admitted when blocks for all its present tokens are free (plus one spare per running
   sequence, so that it is not evicted at once) and takes them then; prefill never runs out half way.
-- When a decode finds no block, the youngest running sequence gives up all of its blocks and goes
+- When a decode finds no block, the last running sequence gives up all of its blocks and goes
   back to its place in the queue, to be recomputed (its published blocks are probably still there).
-  The oldest therefore always goes on, so everything finishes.
-- The queue is strictly first come, first served among sequences that are not held.
+  The first therefore always goes on, so everything finishes.
+- The queue is strictly in order among sequences that are not held. Nothing running makes way for
+  what waits: a stream that has begun keeps its pace.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from router_service.scheduling.admission import (
+    QueueRate,
+    QueueState,
+    check_admission,
+    predicted_wait_s,
+)
 from router_service.scheduling.block_manager import BlockManager
+from router_service.scheduling.rank import Rank, rank
 from router_service.scheduling.sequence import Payload, Sequence, SequenceStatus
 from router_service.scheduling.step_plan import ScheduledSequence, ScheduledStep, SchedulerConfig
-from services.core.errors import OverloadedError
 
 
 class Scheduler:
@@ -34,6 +45,8 @@ class Scheduler:
         self._held: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._parked: set[int] = set()
+        self._rate = QueueRate()
 
     @property
     def num_running(self) -> int:
@@ -55,27 +68,57 @@ class Scheduler:
             if sequence.restored or sequence.pending_imports
         )
 
-    def check_admission(self, num_prompt_tokens: int) -> None:
-        """Raise `OverloadedError` when too much waits already; an empty queue takes anything."""
-        waiting, limit = self.waiting_tokens, self.config.max_waiting_tokens
-        if waiting and waiting + num_prompt_tokens > limit:
-            raise OverloadedError(
-                f"{waiting} prompt tokens wait already and {num_prompt_tokens} more would pass the "
-                f"limit of {limit}; try again later",
-                retry_after_s=1,
-            )
+    @property
+    def backlog_tokens(self) -> int:
+        """Tokens that wait or are left of prompts whose prefill has begun."""
+        return self.waiting_tokens + sum(_unprefilled(sequence) for sequence in self._running)
 
-    def add(self, sequence: Sequence, *, held: bool = False) -> None:
+    @property
+    def queue_tokens_per_s(self) -> float | None:
+        """How fast tokens leave the queue while there is one; None while too little is known."""
+        return self._rate.tokens_per_s
+
+    @property
+    def predicted_wait_s(self) -> float:
+        """Seconds until the turn of a prompt that comes after all others; 0 where not known."""
+        return predicted_wait_s(self.backlog_tokens, self.queue_tokens_per_s)
+
+    def check_admission(
+        self, num_prompt_tokens: int, *, now: float = 0.0, priority: int = 0
+    ) -> None:
+        """Raise `OverloadedError` when too much waits already; an empty queue takes anything.
+
+        `now` is what `Sequence.arrived_at` would be.
+        """
+        limits, ahead = self.config, self.backlog_tokens
+        rate = self.queue_tokens_per_s
+        if limits.max_ttft_s and rate is not None and ahead > limits.max_ttft_s * rate:
+            # Only now does it matter who would be before whom.
+            ahead = self._tokens_before(
+                rank(arrived_at=now, priority=priority, order=1 << 62, is_resumed=False)
+            )
+        queue = QueueState(
+            waiting_tokens=self.waiting_tokens, waiting_seqs=self.num_waiting, tokens_ahead=ahead
+        )
+        check_admission(queue, num_prompt_tokens, rate, limits)
+
+    def observe_step(self, step: ScheduledStep, *, started_at: float, ended_at: float) -> None:
+        """Learn from a step that was run and committed, how fast the queue moves."""
+        self._rate.observe(
+            started_at=started_at,
+            ended_at=ended_at,
+            num_tokens=step.num_moved_tokens,
+            has_backlog=bool(self._waiting or self._prefilling()),
+        )
+
+    def add(self, sequence: Sequence, *, held: bool = False, num_shared_tokens: int = 0) -> None:
         """Queue a new sequence. A held one waits for `release_hold`.
 
-        Raises `ContextLengthError` when it can never fit. A held sibling that will share its
-        sibling's blocks counts only what it will compute itself as waiting.
+        Raises `ContextLengthError` when it can never fit. Of what it will share with a sibling,
+        `num_shared_tokens`, the KV is not its own to compute and does not count as waiting.
         """
         self.config.check_fits(sequence.num_prompt_tokens, sequence.sampling.max_tokens)
-        sequence.waiting_cost = sequence.num_tokens
-        if sequence.index > 0:
-            full = self._full_blocks_to_match(sequence) * self.config.block_size
-            sequence.waiting_cost -= full
+        sequence.waiting_cost = sequence.num_tokens - num_shared_tokens
         self.waiting_tokens += sequence.waiting_cost
         if held:
             sequence.status = SequenceStatus.HELD
@@ -98,35 +141,23 @@ class Scheduler:
         return len(matched)
 
     def schedule(self) -> ScheduledStep:
-        """Plan a step. Empty only when nothing is running and nothing can be admitted."""
-        budget = self.config.max_num_batched_tokens
-        imports_left = self.config.max_imports_per_step
-        entries: list[ScheduledSequence] = []
-        admitted: list[Sequence] = []
-        preempted: list[Sequence] = []
-        for sequence in tuple(self._running):
-            if sequence.is_decoding and self._make_room(sequence, preempted):
-                entries.append(_decode(sequence))
-                budget -= 1
-        # Never below 0: to become a decode, a sequence needed budget beside all other decodes.
-        for sequence in self._running:
-            if not sequence.is_decoding:
-                entry = self._prefill(sequence, budget, imports_left)
-                if entry is not None:
-                    entries.append(entry)
-                    budget -= entry.num_tokens
-                    imports_left -= len(entry.imports)
-        while budget and self._waiting and self._admit(self._waiting[0]):
-            sequence = self._running_from_queue()
-            admitted.append(sequence)
-            entry = self._prefill(sequence, budget, imports_left)
-            if entry is not None:
-                entries.append(entry)
-                budget -= entry.num_tokens
-                imports_left -= len(entry.imports)
-        return ScheduledStep(
-            entries=tuple(entries), admitted=tuple(admitted), preempted=tuple(preempted)
+        """Plan a step. Empty only when nothing is running that is not parked, and nothing can be
+        admitted."""
+        draft = _Draft(
+            budget=self.config.max_num_batched_tokens,
+            imports_left=self.config.max_imports_per_step,
         )
+        self._plan_decodes(draft)
+        self._plan_prefill(draft)
+        return draft.step()
+
+    def park(self, sequence: Sequence) -> None:
+        """Pass a running sequence over until `unpark`; it keeps its blocks while there is room."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._parked.add(sequence.order)
+
+    def unpark(self, sequence: Sequence) -> None:
+        self._parked.discard(sequence.order)
 
     def commit(self, entry: ScheduledSequence) -> None:
         """The entry's KV is in its blocks: count its tokens and publish the blocks now full."""
@@ -145,6 +176,7 @@ class Scheduler:
 
         `forget` also withdraws its blocks from the prefix cache: their content is in doubt.
         """
+        self._parked.discard(sequence.order)
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
@@ -155,6 +187,42 @@ class Scheduler:
         if forget:
             self.blocks.unpublish(sequence.block_table)
         self._release_blocks(sequence)
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        for sequence in tuple(self._running):
+            if not draft.budget:
+                return  # only where parked sequences have come back beside new decodes
+            if not sequence.is_decoding or sequence.order in self._parked:
+                continue
+            if self._make_room(sequence, draft.preempted):
+                draft.entries.append(_decode(sequence))
+                draft.budget -= 1
+
+    def _plan_prefill(self, draft: _Draft) -> None:
+        """Chunks of those that run and of those that can be admitted, by rank."""
+        prefilling = deque(self._prefilling())
+        can_admit = True
+        while prefilling or (self._waiting and can_admit and draft.budget):
+            is_turn_of_waiting = self._waiting and (
+                not prefilling or self._waiting[0].rank < prefilling[0].rank
+            )
+            if is_turn_of_waiting and can_admit and draft.budget:
+                can_admit = self._admit(self._waiting[0])
+                if can_admit:
+                    sequence = self._running_from_queue()
+                    draft.admitted.append(sequence)
+                    draft.num_moved_tokens += sequence.num_computed_tokens
+                    self._prefill(sequence, draft)
+            else:
+                self._prefill(prefilling.popleft(), draft)
+
+    def _prefilling(self) -> list[Sequence]:
+        """Running sequences that could compute or import more of their tokens, by rank."""
+        return [
+            sequence
+            for sequence in self._running
+            if not sequence.is_decoding and sequence.order not in self._parked
+        ]
 
     def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Give a decode the slot of its next token. False when it was itself evicted."""
@@ -171,6 +239,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._parked.discard(sequence.order)
         self._release_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -178,23 +247,26 @@ class Scheduler:
         self.waiting_tokens += sequence.waiting_cost
         self._enqueue(sequence)
 
-    def _prefill(
-        self, sequence: Sequence, budget: int, imports_left: int
-    ) -> ScheduledSequence | None:
-        """The next chunk of a running sequence, or None when the step has no room for any of it."""
+    def _prefill(self, sequence: Sequence, draft: _Draft) -> None:
+        """Add the next chunk of a running sequence, where the step has room for any of it."""
         pending = sequence.pending_imports
-        imports = tuple(pending.popleft() for _ in range(min(len(pending), imports_left)))
+        imports = tuple(pending.popleft() for _ in range(min(len(pending), draft.imports_left)))
         start = sequence.num_computed_tokens + len(imports) * self.config.block_size
-        num_tokens = 0 if pending else min(budget, sequence.num_tokens - start)
+        num_tokens = 0 if pending else min(draft.budget, sequence.num_tokens - start)
         if not imports and not num_tokens:
-            return None
-        return ScheduledSequence(
-            sequence=sequence,
-            start=start,
-            num_tokens=num_tokens,
-            is_prefill=True,
-            samples=num_tokens > 0 and start + num_tokens == sequence.num_tokens,
-            imports=imports,
+            return
+        draft.imports_left -= len(imports)
+        draft.budget -= num_tokens
+        draft.num_moved_tokens += start + num_tokens - sequence.num_computed_tokens
+        draft.entries.append(
+            ScheduledSequence(
+                sequence=sequence,
+                start=start,
+                num_tokens=num_tokens,
+                is_prefill=True,
+                samples=num_tokens > 0 and start + num_tokens == sequence.num_tokens,
+                imports=imports,
+            )
         )
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -231,12 +303,12 @@ class Scheduler:
         sequence = self._waiting.pop(0)
         self.waiting_tokens -= sequence.waiting_cost
         sequence.status = SequenceStatus.RUNNING
-        insort(self._running, sequence, key=_order)
+        insort(self._running, sequence, key=_rank)
         return sequence
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
-        insort(self._waiting, sequence, key=_order)
+        insort(self._waiting, sequence, key=_rank)
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
@@ -245,12 +317,41 @@ class Scheduler:
         sequence.pending_imports.clear()
         sequence.restored = {}
 
+    def _tokens_before(self, place: Rank) -> int:
+        """Of the backlog, those of sequences that come before `place`."""
+        last = bisect(self._waiting, place, key=_rank)
+        return (
+            sum(sequence.waiting_cost for sequence in self._waiting[:last])
+            + sum(item.waiting_cost for item in self._held.values() if item.rank < place)
+            + sum(_unprefilled(item) for item in self._running if item.rank < place)
+        )
+
     def _full_blocks_to_match(self, sequence: Sequence) -> int:
         """Full blocks before the last token, which is always computed: its logits are wanted."""
         return (sequence.num_tokens - 1) // self.config.block_size
 
     def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
         return sequence.block_hashes(self._full_blocks_to_match(sequence), self.config.block_size)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """A step while it is planned."""
+
+    budget: int
+    imports_left: int
+    num_moved_tokens: int = 0
+    entries: list[ScheduledSequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    def step(self) -> ScheduledStep:
+        return ScheduledStep(
+            entries=tuple(self.entries),
+            num_moved_tokens=self.num_moved_tokens,
+            admitted=tuple(self.admitted),
+            preempted=tuple(self.preempted),
+        )
 
 
 def _decode(sequence: Sequence) -> ScheduledSequence:
@@ -263,5 +364,10 @@ def _decode(sequence: Sequence) -> ScheduledSequence:
     )
 
 
-def _order(sequence: Sequence) -> int:
-    return sequence.order
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+def _unprefilled(sequence: Sequence) -> int:
+    """Tokens that a running sequence has to compute, or to import, before it decodes."""
+    return 0 if sequence.is_decoding else sequence.num_tokens - sequence.num_computed_tokens

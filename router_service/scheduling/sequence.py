@@ -10,6 +10,7 @@ from enum import Enum
 from hashlib import blake2b
 
 from router_service.scheduling.block_hash import block_hash
+from router_service.scheduling.rank import rank
 from services.core.generation import SamplingParams
 
 Payload = bytes | memoryview
@@ -27,9 +28,11 @@ class SequenceStatus(Enum):
 class Sequence:
     """State of completion `index` of a request. Mutable; only the scheduler and the engine write.
 
-    `order` is the order of arrival, unique in the engine: the smaller, the older. `seed` is the
+    `order` is the order of arrival, unique in the engine: the smaller, the older. `rank` says who
+    comes first. `seed` is the
     64-bit seed of this completion. `token_ids` is prompt + output; of these, the KV of the first
-    `num_computed_tokens` is in the blocks of `block_table`.
+    `num_computed_tokens` is in the blocks of `block_table`. The first `num_resumed_tokens` of the
+    output came with the request, from a shard that was lost.
     """
 
     __slots__ = (
@@ -42,11 +45,13 @@ class Sequence:
         "num_prompt_tokens",
         "num_published_blocks",
         "num_restored_tokens",
+        "num_resumed_tokens",
         "num_saved_blocks",
         "order",
         "output_token_ids",
         "pending_imports",
         "prompt_token_ids",
+        "rank",
         "restored",
         "sampling",
         "seed",
@@ -65,15 +70,23 @@ class Sequence:
         sampling: SamplingParams,
         seed: int,
         root: bytes,
+        output_token_ids: TokenSequence[int] = (),
+        priority: int = 0,
+        arrived_at: float = 0.0,
+        is_resumed: bool = False,
     ) -> None:
         self.order = order
+        self.rank = rank(
+            arrived_at=arrived_at, priority=priority, order=order, is_resumed=is_resumed
+        )
         self.index = index
         self.prompt_token_ids = prompt_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling
         self.seed = seed
-        self.token_ids = array("q", prompt_token_ids)
-        self.output_token_ids: list[int] = []
+        self.token_ids = array("q", (*prompt_token_ids, *output_token_ids))
+        self.output_token_ids = list(output_token_ids)
+        self.num_resumed_tokens = len(self.output_token_ids)
         self.status = SequenceStatus.HELD
         self.block_table = array("q")
         self.hashes = [root]

@@ -12,7 +12,8 @@ from services.core.errors import ContextLengthError
 class SchedulerConfig:
     """Bounds of one engine. Token counts are per step unless they say otherwise.
 
-    `max_waiting_tokens` bounds the prompt tokens of all waiting sequences together;
+    `max_waiting_tokens` bounds the prompt tokens of all waiting sequences together,
+    `max_waiting_seqs` their number and `max_ttft_s` the predicted time to a first token (0: not);
     `max_imports_per_step` the restored blocks copied into the KV cache in one step.
     """
 
@@ -22,6 +23,8 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_waiting_tokens: int = 1 << 20
+    max_waiting_seqs: int = 4096
+    max_ttft_s: float = 0.0
     max_imports_per_step: int = 64
 
     @property
@@ -65,8 +68,13 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
-    """Decodes first, then prefill. `admitted` and `preempted` changed state for this step."""
+    """Decodes first, then prefill. `admitted` and `preempted` changed state for this step.
+
+    `num_moved_tokens` are tokens that waited for prefill and do no longer: computed in this step,
+    restored, or found in the cache.
+    """
 
     entries: tuple[ScheduledSequence, ...]
+    num_moved_tokens: int = 0
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()

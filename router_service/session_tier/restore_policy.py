@@ -14,6 +14,9 @@ DECAY: Final = 0.8
 MIN_PREFILL_TOKENS: Final = 32
 """Smaller prefill steps are bound by reading weights and say nothing about the rate."""
 
+MAX_QUESTION_S: Final = 1.0
+"""A store that takes longer to say what it has is not asked further."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreDecision:
@@ -65,6 +68,15 @@ class RestorePolicy:
         """A step computed so many prompt tokens. Ignored when too few to tell a rate."""
         if num_tokens >= MIN_PREFILL_TOKENS:
             self._prefill.observe(num_tokens, seconds)
+
+    def patience_s(self, num_blocks: int) -> float:
+        """How long to wait for the word what is stored, of blocks that are not here: no longer
+        than computing them takes, by a little at least."""
+        prefill = self._prefill.value
+        if prefill is None:
+            return MAX_QUESTION_S
+        recompute_s = num_blocks * self._block_size / prefill
+        return min(max(recompute_s, self._min_wait_s), MAX_QUESTION_S)
 
     def decide(self, num_blocks: int, now: float) -> RestoreDecision:
         """For `num_blocks` stored blocks that are not in the local cache."""

@@ -17,15 +17,14 @@ from typing import Final
 
 from router_service.loop_thread import LoopThread
 from router_service.session_tier.restore_policy import RestorePolicy
-from router_service.session_tier.write_behind import SessionWrite, WriteBehind
+from router_service.session_tier.write_behind import CheckpointWrite, SessionWrite, WriteBehind
 from services.core.errors import ExpertfleetError
 from services.core.generation import SessionInfo
+from services.core.settings import CheckpointKV
 from services.sessions.store import BlockLayout, SessionStore
 
 FETCH_BYTES: Final = 8 << 20
 """Blocks are fetched in pieces of about this size, so that a deadline keeps what came before."""
-
-COUNT_TIMEOUT_S: Final = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +70,8 @@ class SessionTier:
 
     `queue_bytes` bounds the write-behind queue, and, separately, payloads that were fetched and
     are not yet imported. The store is used from this tier's loop only, and closed with it.
+    `checkpoint_kv` says whose blocks are written as they fill; those of no session are kept for
+    `checkpoint_ttl_s` after their shard's death.
     """
 
     def __init__(
@@ -81,7 +82,11 @@ class SessionTier:
         queue_bytes: int,
         default_ttl_s: float,
         policy: RestorePolicy | None = None,
+        checkpoint_kv: CheckpointKV = "sessions",
+        checkpoint_ttl_s: float = 3600.0,
     ) -> None:
+        self.checkpoint_kv: CheckpointKV = checkpoint_kv
+        self.checkpoint_ttl_s = checkpoint_ttl_s
         self.block_bytes = layout.payload_bytes
         self.layout = layout
         self.default_ttl_s = default_ttl_s
@@ -134,6 +139,15 @@ class SessionTier:
         """Queue blocks for the store; never waits. Payloads must not change afterwards."""
         self._writer.enqueue(write)
 
+    @property
+    def takes_checkpoints(self) -> bool:
+        """Whether copying blocks of running sequences out makes sense now. From any thread."""
+        return self._writer.takes_checkpoints
+
+    def save_checkpoint(self, write: CheckpointWrite) -> None:
+        """As `save`, behind all that sessions wait for."""
+        self._writer.enqueue_checkpoint(write)
+
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """Tell how long it takes to compute what could be fetched."""
         self._policy.observe_prefill(num_tokens, seconds)
@@ -178,7 +192,8 @@ class SessionTier:
         num_stored = 0
         payloads: list[bytes | memoryview] = []
         try:
-            num_stored = await self._count(request)
+            missing = len(request.hashes) - request.num_local
+            num_stored = await self._count(request, self._policy.patience_s(missing))
             wanted = request.hashes[request.num_local : num_stored][: request.max_blocks]
             decision = self._policy.decide(len(wanted), time.monotonic())
             if decision.fetch:
@@ -199,8 +214,8 @@ class SessionTier:
                 )
             )
 
-    async def _count(self, request: RestoreRequest) -> int:
-        async with asyncio.timeout(COUNT_TIMEOUT_S):
+    async def _count(self, request: RestoreRequest, patience_s: float) -> int:
+        async with asyncio.timeout(patience_s):
             return await self._store.count_prefix(request.hashes)
 
     async def _fetch(

@@ -1,0 +1,194 @@
+"""Layer calls carried whole by native code, with what the shard keeps account of.
+
+Between two layers the experts' weights pass through all caches, so that every function run for a
+call starts cold; what counts is how few of them there are. Calls that are not of the common kind,
+and frames that fail or are late, are left to `LayerDispatch`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from router_service.dispatch.dispatch_plan import (
+    MAX_COMBINED_TOP_K,
+    GatedTokens,
+    plan_dispatch,
+    rows_that_fit,
+)
+from router_service.dispatch.lane_rounds import LaneRound, LaneRounds
+from router_service.dispatch.lane_transport import LaneWorkerLink
+from router_service.dispatch.layer_dispatch import DispatchParts, LayerDispatch
+from router_service.dispatch.sent_frame import SentFrame
+from router_service.dispatch.worker_pool import PoolView
+from router_service.experts import StepContext
+from services.core.errors import MalformedFrameError
+from services.core.lane.client import UNANSWERED, RoundPart, RoundRequest
+from services.core.routing_table import RoutingTable
+from services.core.wire import ResponseFrame, decode_response
+
+_MAX_UNBOOKED = 32
+
+
+class LaneCall(NamedTuple):
+    """A call whose frames are on their way, or over. `workers` [E] are numbers of `view`."""
+
+    round_: LaneRound
+    view: PoolView
+    workers: NDArray[np.int64]
+
+    @property
+    def request(self) -> RoundRequest:
+        """Has the output [T, H], once the round is whole."""
+        return self.round_.request
+
+
+class LaneCalls:
+    """Used on one event loop, beside `LayerDispatch` over the same pool.
+
+    Answers go into the chooser's books a few calls late where no expert has a choice of workers.
+    """
+
+    def __init__(self, rounds: LaneRounds, parts: DispatchParts, *, num_experts: int) -> None:
+        self._rounds = rounds
+        self._parts = parts
+        self._any_rows = np.ones(num_experts, dtype=np.int64)
+        self._max_rows: tuple[PoolView, array[int]] | None = None
+        self._unbooked: list[tuple[RoutingTable, RoundRequest]] = []
+
+    def begin(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        context: StepContext,
+    ) -> LaneCall | None:
+        """Send a call's frames. None, with nothing sent, where it must go another way: a sampled
+        step, a tensor that is not on the CPU, a token that is not finite, an expert without a
+        worker or shared by several, a worker without a lane, a frame that must be split."""
+        if context.is_traced or not topk_ids.is_cpu or topk_ids.shape[1] > MAX_COMBINED_TOP_K:
+            return None
+        view, chooser = self._parts.pool.view, self._parts.chooser
+        rows_per_expert = self._any_rows
+        if view.table.has_choice[layer]:
+            self._book_answers()
+            rows_per_expert = np.bincount(topk_ids.numpy().ravel(), minlength=len(rows_per_expert))
+        choice = chooser.plan(layer, rows_per_expert, skip_stuck=context.incidents is not None)
+        if choice.shares:
+            return None
+        round_ = self._rounds.start(
+            layer=layer,
+            hidden_states=hidden_states,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            worker_of_expert=choice.workers,
+            links=view.links,
+            max_rows=self._max_rows_of(view, hidden_states, topk_ids.shape[1]),
+            stream=context.micro_batch,
+            may_block=context.num_micro_batches == 1,
+        )
+        return None if round_ is None else LaneCall(round_, view, choice.workers)
+
+    async def finish(self, call: LaneCall) -> bool:
+        """Whether the call became whole; then its output is there, and it is in the books.
+
+        If not, a frame failed or is past its deadline, and `hand_over` must follow.
+        """
+        try:
+            if not call.round_.is_whole and not await self._wait(call):
+                return False
+        except BaseException:
+            call.round_.release()
+            raise
+        self._parts.budget.earn(call.request.num_parts)
+        self._unbooked.append((call.view.table, call.request))
+        if len(self._unbooked) >= _MAX_UNBOOKED:
+            self._book_answers()
+        return True
+
+    def hand_over(self, call: LaneCall, gated: GatedTokens, dispatch: LayerDispatch) -> None:
+        """Let `dispatch`, of the same call, go on with the frames as they are."""
+        self._book_answers()
+        view = call.view
+        frames = {frame.worker: frame for frame in plan_dispatch(gated, call.workers).frames}
+        parts = call.round_.parts
+        sent = []
+        for part in parts:
+            worker_id = view.table.workers[part.worker].worker_id
+            link = view.links[part.worker]
+            frame = SentFrame(frames[part.worker], worker_id, link, part.call_id, None, dispatch)
+            frame.sent_ns = part.sent_ns
+            sent.append(frame)
+        dispatch.take_over(sent)
+        for part, frame in zip(parts, sent, strict=True):
+            link = view.links[part.worker]
+            assert isinstance(link, LaneWorkerLink)
+            if part.outcome == UNANSWERED:
+                link.adopt(part.call_id, frame.take_answer)
+            else:
+                frame.received_ns = part.received_ns
+                frame.response = _response(part, link)
+                dispatch.take(frame)
+
+    async def _wait(self, call: LaneCall) -> bool:
+        """While frames are in flight, the books say so."""
+        chooser, workers = self._parts.chooser, call.view.table.workers
+        trips = [
+            (workers[trip.worker].worker_id, trip.num_assignments, trip.num_experts)
+            for trip in call.request.round_trips()
+        ]
+        for trip in trips:
+            chooser.sent(*trip)
+        try:
+            deadline_s = min([chooser.deadline_s(*trip) for trip in trips])
+            return await self._rounds.wait(call.round_, deadline_s)
+        finally:
+            for trip in trips:
+                chooser.dropped(*trip)
+
+    def _book_answers(self) -> None:
+        unbooked, self._unbooked = self._unbooked, []
+        chooser, telemetry = self._parts.chooser, self._parts.telemetry
+        for table, request in unbooked:
+            for trip in request.round_trips():
+                worker_id = table.workers[trip.worker].worker_id
+                rows, experts = trip.num_assignments, trip.num_experts
+                elapsed_s = trip.elapsed_ns * 1e-9
+                chooser.sent(worker_id, rows, experts)
+                chooser.answered(
+                    worker_id, rows, elapsed_s, experts, compute_s=trip.compute_us * 1e-6
+                )
+                telemetry.observe(worker_id, elapsed_s)
+
+    def _max_rows_of(self, view: PoolView, hidden_states: Tensor, top_k: int) -> array[int]:
+        """[W]: what this process and each worker accept."""
+        known = self._max_rows
+        if known is not None and known[0] is view:
+            return known[1]
+        row_bytes = hidden_states.shape[1] * hidden_states.itemsize
+        own = self._parts.limits.max_frame_bytes
+        max_rows = array(
+            "q",
+            [
+                rows_that_fit(min(own, limit), top_k=top_k, row_bytes=row_bytes)
+                for limit in view.max_frame_bytes
+            ],
+        )
+        self._max_rows = view, max_rows
+        return max_rows
+
+
+def _response(part: RoundPart, link: LaneWorkerLink) -> ResponseFrame | None:
+    """None if the link is broken, or has to be."""
+    if part.answer is None:
+        return None
+    try:
+        return decode_response(part.answer)
+    except MalformedFrameError as error:
+        link.broke(error.message)
+        return None

@@ -1,0 +1,28 @@
+"""Which transport a shard dispatches over, by its setting."""
+
+from __future__ import annotations
+
+from router_service.dispatch.lane_transport import LaneTransport
+from router_service.dispatch.transport import ExpertTransport
+from router_service.dispatch.worker_link import GrpcTransport
+from services.core.errors import ConfigurationError
+from services.core.kernels.library import native_library
+from services.core.settings import DispatchTransportName
+
+
+def chosen_transport(name: DispatchTransportName, *, max_frame_bytes: int) -> ExpertTransport:
+    """auto: lanes to workers that offer them, if the native library was built here.
+
+    Raises `ConfigurationError` where lanes are asked for and it was not.
+    """
+    grpc = GrpcTransport(max_frame_bytes=max_frame_bytes)
+    library = native_library()
+    if name == "grpc" or (name == "auto" and library is None):
+        return grpc
+    if library is None:
+        raise ConfigurationError(
+            "EXPERTFLEET_DISPATCH_TRANSPORT=lane needs the native library; build it with "
+            "`python -m services.core.kernels.build`, or use auto",
+            setting="dispatch_transport",
+        )
+    return LaneTransport(grpc, library, max_frame_bytes=max_frame_bytes, is_required=name == "lane")
