@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
@@ -61,6 +62,19 @@ class Child:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to end; it may still run."""
+        return self._stopping
+
+    @property
+    def state(self) -> Literal["running", "starting again", "given up", "stopped"]:
+        if self.failure is not None:
+            return "given up"
+        if self._process is not None and self._process.returncode is None:
+            return "running"
+        return "stopped" if self._stopping or self._process is None else "starting again"
+
     def check(self) -> None:
         """Raise what made the child give up for good, if anything did."""
         if self.failure is not None:
@@ -74,12 +88,26 @@ class Child:
             return ""
         return "\n".join(lines[-num_lines:])
 
-    async def stop(self, timeout_s: float) -> None:
-        """SIGTERM, then SIGKILL for the whole group after `timeout_s`."""
+    def kill(self) -> None:
+        """End the whole group at once, as a crash would; it is started again."""
+        if self._process is not None and self._process.returncode is None:
+            _signal_group(self._process.pid, signal.SIGKILL)
+
+    async def restart(
+        self, spec: ChildSpec, timeout_s: float, *, number: signal.Signals = signal.SIGTERM
+    ) -> None:
+        """Stop, and start again as `spec` says; this counts as no death."""
+        await self.stop(timeout_s, number=number)
+        self.spec = spec
+        self._stopping = False
+        await self.start()
+
+    async def stop(self, timeout_s: float, *, number: signal.Signals = signal.SIGTERM) -> None:
+        """Signal `number`, then SIGKILL for the whole group after `timeout_s`."""
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
-            _signal(process.pid, signal.SIGTERM)
+            _signal(process.pid, number)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), timeout_s)
         if process is not None:

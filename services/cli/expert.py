@@ -11,8 +11,11 @@ from services.core.settings import load_settings
 
 def expert(
     model: Annotated[str, typer.Option(help="folder of a checkpoint, or a hub id")],
-    experts: Annotated[str, typer.Option(help="expert indices, e.g. 0,1 or 4-7")],
+    experts: Annotated[str | None, typer.Option(help="indices, e.g. 0,1 or 4-7")] = None,
     layers: Annotated[str | None, typer.Option(help="layers, e.g. 0-15; default: all")] = None,
+    slots: Annotated[
+        str | None, typer.Option(help="instead: layers:experts;..., e.g. 0-3:0,1;5:7")
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one")] = 0,
     metrics_port: Annotated[int, typer.Option(help="Prometheus port; 0 picks one")] = 0,
@@ -30,6 +33,7 @@ def expert(
             settings,
             experts=experts,
             layers=layers,
+            slots=slots,
             host=host,
             port=port,
             metrics_port=metrics_port,

@@ -2,29 +2,33 @@
 
     store -> expert workers -> gateway and shards (Ray, or one process with --no-ray)
 
-Each waits for those before it, and all are supervised: what dies is started again.
+Each waits for those before it, and all are supervised: what dies or hangs is started again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
+import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import httpx
-
-from router_service.ray_environment import new_ray_token, ray_environment
+from services.autoscaler.options import PolicyOptions
 from services.cli.child import Child, ChildSpec
+from services.cli.control import ControlServer, Progress
+from services.cli.fleet_autoscaler import FleetAutoscaler
+from services.cli.fleet_workers import FleetWorkers
+from services.cli.front import Front, LocalFront, RayFront
 from services.cli.hardware import Hardware
-from services.cli.state_folder import StateFolder
-from services.core.errors import ExpertfleetError, UnavailableError
+from services.cli.rolling_restart import RollingRestart, parse_what
+from services.cli.startup import wait_until_up
+from services.cli.state_folder import StateFolder, control_socket
+from services.core.errors import InvalidRequestError, UnavailableError
 from services.core.grpc_options import GRPC_ENVIRONMENT
 from services.core.model_config import ModelConfig
-from services.core.placement import WorkerSlots, plan_placement
-from services.core.redis_registry import RedisRegistry
-from services.core.registry import WorkerRecord
+from services.core.placement import plan_placement
+from services.core.registry import Slot
 from services.core.settings import Settings
 from services.core.store_server import server_command
 
@@ -41,21 +45,31 @@ STOP_STORE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPlan:
-    """What `expertfleet up` was asked for."""
+    """What `expertfleet up` was asked for: each slot in `replicas` of the workers, of which there
+    are `num_workers` for each replica. `autoscaling` None leaves it at that."""
 
     num_workers: int
     min_shards: int
     max_shards: int
     use_ray: bool
     store_bytes: int
+    replicas: int = 1
+    autoscaling: PolicyOptions | None = None
 
     @property
     def in_process_experts(self) -> bool:
         return self.num_workers == 0
 
+    @property
+    def num_processes(self) -> int:
+        return self.num_workers * self.replicas
+
 
 class Fleet:
-    """Start with `start`, then `watch` until it raises or is cancelled, then `stop`."""
+    """Start with `start`, then `watch` until it raises or is cancelled, then `stop`.
+
+    The gateway listens on `listener`, which is closed in `stop`.
+    """
 
     def __init__(
         self,
@@ -64,17 +78,32 @@ class Fleet:
         config: ModelConfig,
         folder: StateFolder,
         hardware: Hardware,
+        listener: socket.socket,
         say: Callable[[str], None],
     ) -> None:
         self._plan = plan
         self._config = config
         self._folder = folder
         self._hardware = hardware
+        self._listener = listener
         self._say = say
-        self._store: Child | None = None
-        self._workers: list[Child] = []
-        self._front: Child | None = None
         self._settings = settings.override(state_dir=folder.path)
+        self._store: Child | None = None
+        self._front: Front | None = None
+        self._workers = FleetWorkers(
+            self._settings,
+            num_planned=max(1, plan.num_processes),
+            max_shards=plan.max_shards,
+            hardware=hardware,
+            make_child=self._child,
+            say=say,
+        )
+        self._autoscaler = plan.autoscaling and FleetAutoscaler(self, plan.autoscaling)
+        self._is_restarting = False
+        self._control = ControlServer(
+            control_socket(folder.run_folder),
+            {"status": self._status, "restart": self._restart},
+        )
 
     @property
     def url(self) -> str:
@@ -85,109 +114,154 @@ class Fleet:
         """Bring everything up. Raises `ExpertfleetError` with the log of what would not start."""
         if self._settings.redis_url is None:
             await self._start_store()
+        self._workers.settings = self._settings
         if not self._plan.in_process_experts:
-            await self._start_workers()
+            placement = plan_placement(
+                self._config.num_hidden_layers,
+                self._config.num_local_experts,
+                self._plan.num_workers,
+            )
+            await self._workers.start([part.slots() for part in placement] * self._plan.replicas)
         await self._start_front()
+        if self._autoscaler:
+            self._autoscaler.start(self._settings)
+        await self._control.start()
         self._folder.record(url=self.url)
 
     async def watch(self) -> None:
         """Return never; raise when a process gave up for good."""
-        while True:
-            for child in self._children():
-                child.check()
-            await asyncio.sleep(0.5)
+        watching = asyncio.create_task(self._workers.watch(), name="hangs")
+        try:
+            while not watching.done():
+                self._workers.check()
+                for child in (self._store, *(self._front.children if self._front else ())):
+                    if child is not None:
+                        child.check()
+                await asyncio.sleep(0.5)
+            await watching
+        finally:
+            watching.cancel()
+
+    async def add_worker(self, slots: Sequence[Slot]) -> str:
+        """Start one more worker with these slots; returns its id once it serves."""
+        async with self._workers.changing:
+            return await self._workers.add(slots)
+
+    async def remove_worker(self, worker_id: str) -> None:
+        """Drain a worker and end it. Raises `NotFoundError`."""
+        async with self._workers.changing:
+            await self._workers.remove(worker_id)
 
     async def stop(self) -> None:
         """End every process within ten seconds, those that take requests first."""
+        await self._control.close()
+        if self._autoscaler:
+            await self._autoscaler.stop()
         if self._front is not None:
             await self._front.stop(STOP_SERVING_S)
-        await asyncio.gather(*(worker.stop(STOP_WORKERS_S) for worker in self._workers))
+        self._listener.close()
+        await self._workers.stop(STOP_WORKERS_S)
         if self._store is not None:
             await self._store.stop(STOP_STORE_S)
 
     async def _start_store(self) -> None:
-        socket = self._folder.run_folder / "store.sock"
+        socket_path = self._folder.run_folder / "store.sock"
         self._store = self._child(
             "store",
             server_command(
                 self._folder.run_folder,
                 port=None,
-                unix_socket=socket,
+                unix_socket=socket_path,
                 maxmemory_bytes=self._plan.store_bytes,
             ),
         )
-        self._settings = self._settings.override(redis_url=f"unix://{socket}")
+        self._settings = self._settings.override(redis_url=f"unix://{socket_path}")
+        self._workers.settings = self._settings
         await self._store.start()
-        await self._wait("store", self._store_answers, [self._store], timeout_s=20)
+        await wait_until_up("store", self._store_answers, [self._store], timeout_s=20)
 
-    async def _start_workers(self) -> None:
-        started = time.monotonic()
-        placement = plan_placement(
-            self._config.num_hidden_layers, self._config.num_local_experts, self._plan.num_workers
-        )
-        for index, slots in enumerate(placement):
-            worker = self._child(
-                f"expert-{index}", self._worker_command(index, slots), self._worker_settings(index)
-            )
-            self._workers.append(worker)
-            await worker.start()
-        ready: set[str] = set()
-
-        async def all_ready() -> bool:
-            for record in await self._ready_workers():
-                if record.worker_id not in ready:
-                    ready.add(record.worker_id)
-                    self._say(
-                        f"{record.worker_id}: {len(record.slots)} experts, "
-                        f"{record.weight_bytes / 2**20:.0f} MiB on {record.device} "
-                        f"({time.monotonic() - started:.1f} s)"
-                    )
-            return len(ready) >= len(placement)
-
-        await self._wait("expert workers", all_ready, self._workers, timeout_s=1800)
+    async def _store_answers(self) -> bool:
+        await self._workers.ready()
+        return True
 
     async def _start_front(self) -> None:
         started = time.monotonic()
-        self._front = self._child("serve", self._front_command(), self._front_environment())
-        await self._front.start()
-        children = [self._front, *self._workers]
-        await self._wait("gateway", self._gateway_answers, children, timeout_s=1800)
+        self._front = self._make_front()
+        await self._front.start(self._workers.children)
         self._say(f"gateway and shards ready ({time.monotonic() - started:.1f} s)")
 
-    def _front_command(self) -> list[str]:
-        plan = self._plan
-        module = "services.cli.serve_ray" if plan.use_ray else "services.cli.serve_local"
-        command = [sys.executable, "-m", module]
-        if plan.in_process_experts:
-            command.append("--in-process-experts")
-        if plan.use_ray:
-            gpus = self._hardware.num_gpus if self._settings.device != "cpu" else 0
-            command += ["--min-shards", str(plan.min_shards), "--max-shards", str(plan.max_shards)]
-            command += ["--ray-dir", str(self._folder.run_folder / "ray"), "--num-gpus", str(gpus)]
-        return command
+    def _make_front(self) -> Front:
+        plan, settings = self._plan, self._front_settings()
+        run_folder = self._folder.run_folder
+        if not plan.use_ray:
+            return LocalFront(
+                settings,
+                self._listener,
+                run_folder,
+                self._child,
+                in_process_experts=plan.in_process_experts,
+            )
+        return RayFront(
+            settings,
+            self._listener,
+            run_folder,
+            self._child,
+            in_process_experts=plan.in_process_experts,
+            min_shards=plan.min_shards,
+            max_shards=plan.max_shards,
+            num_gpus=self._hardware.num_gpus if settings.device != "cpu" else 0,
+        )
 
-    def _front_environment(self) -> Mapping[str, str]:
+    def _front_settings(self) -> Settings:
         threads = self._settings.num_threads
         if threads is None:
             threads = self._hardware.shard_threads(self._plan.max_shards)
             if self._plan.in_process_experts:
                 threads = max(1, self._hardware.num_cores // self._plan.max_shards)
-        environment = self._settings.override(num_threads=threads).as_environment()
-        if self._plan.use_ray:
-            environment |= ray_environment(self._folder.run_folder / "ray", token=new_ray_token())
-        return environment
+        return self._settings.override(num_threads=threads)
 
-    def _worker_command(self, index: int, slots: WorkerSlots) -> list[str]:
-        command = [sys.executable, "-m", "expert_service", "--worker-id", f"expert-{index}"]
-        command += ["--experts", ",".join(map(str, slots.experts))]
-        command += ["--layers", f"{slots.layers.start}-{slots.layers.stop - 1}"]
-        return [*command, "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+    async def _restart(self, request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+        what, model = parse_what(request.get("what")), request.get("model")
+        if model is not None and what != "all":
+            raise InvalidRequestError("another model needs `restart all`")
+        if self._is_restarting or self._front is None:
+            raise UnavailableError("a restart is under way; wait until it is done")
 
-    def _worker_settings(self, index: int) -> Mapping[str, str]:
-        settings = self._settings
-        threads = settings.num_threads or self._hardware.worker_threads(self._plan.num_workers)
-        device = self._hardware.worker_device(index, self._plan.max_shards, settings.device)
-        return settings.override(num_threads=threads, device=device).as_environment()
+        def tell(text: str) -> None:
+            self._say(f"restart: {text}")
+            progress(text)
+
+        started = time.monotonic()
+        self._is_restarting = True
+        if self._autoscaler:
+            # It would take the second worker of each slot for a replica too many.
+            await self._autoscaler.stop()
+        try:
+            async with self._workers.changing:
+                restart = RollingRestart(self._workers, self._front, tell)
+                if model is None:
+                    await restart.renew(what, self._settings)
+                else:
+                    self._settings = await restart.change_model(str(model), self._settings)
+        finally:
+            self._is_restarting = False
+            if self._autoscaler:
+                self._autoscaler.start(self._settings)
+        tell(f"done in {time.monotonic() - started:.1f} s")
+        return {"elapsed_s": time.monotonic() - started}
+
+    async def _status(self, _: Mapping[str, Any], __: Progress) -> Mapping[str, Any]:
+        front = self._front.children if self._front is not None else []
+        return {
+            "url": self.url,
+            "model": self._settings.model,
+            "is_restarting": self._is_restarting,
+            "processes": [
+                *([_process("store", self._store)] if self._store is not None else []),
+                *self._workers.status(),
+                *(_process("gateway and shards", child) for child in front),
+            ],
+        }
 
     def _child(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
@@ -200,49 +274,12 @@ class Fleet:
         )
         return Child(spec, self._say)
 
-    def _children(self) -> list[Child]:
-        return [child for child in (self._store, *self._workers, self._front) if child is not None]
 
-    async def _ready_workers(self) -> list[WorkerRecord]:
-        registry = RedisRegistry(self._settings.redis_url or "", fleet=self._settings.fleet)
-        try:
-            snapshot = await registry.snapshot()
-        finally:
-            await registry.close()
-        return [record for record in snapshot.workers if record.state == "ready"]
-
-    async def _store_answers(self) -> bool:
-        await self._ready_workers()
-        return True
-
-    async def _gateway_answers(self) -> bool:
-        async with httpx.AsyncClient(timeout=5) as client:
-            response = await client.get(f"{self.url}/readyz")
-        return response.is_success
-
-    async def _wait(
-        self,
-        what: str,
-        condition: Callable[[], Awaitable[bool]],
-        children: Sequence[Child],
-        timeout_s: float,
-    ) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                if await condition():
-                    return
-            except (httpx.HTTPError, ExpertfleetError):
-                pass
-            for child in children:
-                child.check()
-                if child.num_restarts > 3:
-                    raise UnavailableError(
-                        f"{child.spec.name} dies again and again:\n{child.last_words()}\n"
-                        f"(log: {child.spec.log_file})"
-                    )
-            if time.monotonic() > deadline:
-                raise UnavailableError(
-                    f"{what} not ready within {timeout_s:.0f} s; logs: {self._folder.path / 'logs'}"
-                )
-            await asyncio.sleep(0.1)
+def _process(name: str, child: Child) -> dict[str, object]:
+    return {
+        "name": name,
+        "pid": child.pid,
+        "state": child.state,
+        "restarts": child.num_restarts,
+        "holds": "",
+    }

@@ -18,19 +18,40 @@ from services.core.settings import Settings
 from services.core.telemetry import SERVICE_GATEWAY
 from services.core.tracing import configure_tracing
 from services.gateway.app import create_app
+from services.gateway.shard_pool import ShardPool
 
 
 def build_gateway(settings: Settings, shard: ShardClient) -> Any:
-    """The gateway's ASGI application, with its registry and tracing, which end with it."""
+    """The gateway's ASGI application over one shard; its registry and tracing end with it."""
+    return _build(settings, _registry(settings), shard, pool=None)
+
+
+def build_fleet_gateway(settings: Settings, fallback: ShardClient) -> Any:
+    """The same over all shards that have a lease; over `fallback` where there is no registry."""
+    registry = _registry(settings)
+    if registry is None:
+        return _build(settings, None, fallback, pool=None)
+    pool = ShardPool(registry)
+    return _build(settings, registry, pool, pool=pool)
+
+
+def _registry(settings: Settings) -> Registry | None:
+    if settings.redis_url is None:
+        return None
+    return RedisRegistry(settings.redis_url, fleet=settings.fleet)
+
+
+def _build(
+    settings: Settings, registry: Registry | None, shard: ShardClient, *, pool: ShardPool | None
+) -> Any:
     instance = f"gateway-{os.getpid()}"
     tracing = configure_tracing(settings, SERVICE_GATEWAY, instance_id=instance)
-    registry: Registry | None = None
-    if settings.redis_url is not None:
-        registry = RedisRegistry(settings.redis_url, fleet=settings.fleet)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        if pool is not None:
+            await pool.close()
         if registry is not None:
             await registry.close()
         await asyncio.to_thread(tracing.shutdown)

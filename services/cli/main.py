@@ -6,7 +6,18 @@ import sys
 
 import typer
 
-from services.cli import bench, chat, expert, experts, plan, quantize, traces, up
+from services.cli import (
+    autoscale,
+    bench,
+    chat,
+    expert,
+    experts,
+    plan,
+    quantize,
+    restart,
+    traces,
+    up,
+)
 from services.core.errors import EXIT_BAD_INPUT, ExpertfleetError
 
 app = typer.Typer(
@@ -17,7 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("up")(up.up)
+app.command("restart")(restart.restart)
+app.command("status")(restart.status)
 app.command("expert")(expert.expert)
+app.command("autoscale")(autoscale.autoscale)
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
 app.command("experts")(experts.experts)

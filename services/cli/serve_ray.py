@@ -1,20 +1,26 @@
-"""Child of `expertfleet up`: starts Ray, deploys gateway and shards, ends both on SIGTERM."""
+"""Child of `expertfleet up`: starts Ray, deploys gateway and shards, ends both on SIGTERM.
+
+Restarts them when it is told to on its control socket.
+"""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
-import threading
 from pathlib import Path
 from types import FrameType
 
+from services.cli.command_queue import Command, CommandQueue
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.logging_setup import configure_logging
 from services.core.settings import load_settings
 
+RESTART_SHARDS = "restart_shards"
+RESTART_GATEWAY = "restart_gateway"
+REPLACE = "replace"
 STOP_GRACEFULLY_S = 4.0
-GATEWAY = "services.cli.gateway_factory:build_gateway"
+GATEWAY = "services.cli.gateway_factory:build_fleet_gateway"
 
 
 def main() -> int:
@@ -23,6 +29,7 @@ def main() -> int:
     parser.add_argument("--min-shards", type=int, required=True)
     parser.add_argument("--max-shards", type=int, required=True)
     parser.add_argument("--ray-dir", type=Path, required=True)
+    parser.add_argument("--control-socket", type=Path, required=True)
     parser.add_argument("--num-gpus", type=int, default=0)
     arguments = parser.parse_args()
     settings = load_settings()
@@ -30,21 +37,33 @@ def main() -> int:
     # Imported after the environment that the launcher set; it imports Ray.
     from router_service import deployment
 
-    application = deployment.build_application(
-        settings,
+    plan = deployment.DeploymentPlan(
         gateway=GATEWAY,
         min_shards=arguments.min_shards,
         max_shards=arguments.max_shards,
         in_process_experts=arguments.in_process_experts,
-        num_gpus_per_shard=1.0 if arguments.num_gpus >= arguments.max_shards else 0.0,
+        num_gpus=arguments.num_gpus,
     )
+    deployed = deployment.Deployment(settings, plan)
+
+    def execute(command: Command) -> None:
+        changed = load_settings(**command["settings"])
+        if command["command"] == RESTART_SHARDS:
+            deployed.restart_shards(changed, surge=command["surge"])
+        elif command["command"] == RESTART_GATEWAY:
+            deployed.restart_gateway(changed)
+        else:
+            deployed.replace(changed)
+
+    commands = CommandQueue(arguments.control_socket, (RESTART_SHARDS, RESTART_GATEWAY, REPLACE))
     try:
         deployment.start_ray(ray_dir=arguments.ray_dir, num_gpus=arguments.num_gpus)
         # After Ray's start, which installs handlers of its own, and before the gateway answers.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave)
-        deployment.serve_application(application)
-        threading.Event().wait()
+        deployed.start()
+        with commands:
+            commands.carry_out(execute)
     except (CheckpointError, ConfigurationError) as error:
         sys.stderr.write(f"{error.message}\n")
         return EXIT_BAD_INPUT

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,42 @@ LOG_BYTES_KEPT = 16 << 20
 
 def default_state_dir() -> Path:
     return Path.home() / ".local" / "state" / "expertfleet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningInstance:
+    """What a running product tells about itself."""
+
+    pid: int
+    url: str
+    run_folder: Path
+
+    @property
+    def control_socket(self) -> Path:
+        return control_socket(self.run_folder)
+
+    @staticmethod
+    def find(state_dir: Path) -> RunningInstance:
+        """Raises `ConfigurationError` when no product runs with this state folder."""
+        path = state_dir.expanduser().resolve()
+        try:
+            told = json.loads((path / "instance.json").read_text())
+            instance = RunningInstance(
+                pid=int(told["pid"]), url=str(told["url"]), run_folder=Path(told["run_folder"])
+            )
+            os.kill(instance.pid, 0)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"no `expertfleet up` runs with the state folder {path}; name its folder with "
+                "--state-dir",
+                setting="state_dir",
+            ) from error
+        return instance
+
+
+def control_socket(run_folder: Path) -> Path:
+    """Where a running product listens to commands such as `expertfleet restart`."""
+    return run_folder / "control.sock"
 
 
 class StateFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -15,11 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
+from services.autoscaler.options import PolicyOptions
 from services.cli.fleet import Fleet, FleetPlan
 from services.cli.hardware import Hardware
 from services.cli.state_folder import StateFolder, default_state_dir
 from services.core.checkpoints.hub import find_model
 from services.core.errors import ConfigurationError
+from services.core.listening_socket import open_listener
+from services.core.logging_setup import configure_logging
 from services.core.model_config import ModelConfig, load_model_config
 from services.core.settings import Settings, load_settings
 
@@ -29,7 +33,12 @@ DEFAULT_STORE_BYTES = 1 << 30
 
 def up(
     model: Annotated[str | None, typer.Option(help="folder of a checkpoint, or a hub id")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="expert workers")] = DEFAULT_WORKERS,
+    workers: Annotated[
+        int, typer.Option(min=1, help="expert workers that together hold every expert")
+    ] = DEFAULT_WORKERS,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="times that every expert is held: so many times --workers")
+    ] = 1,
     shards: Annotated[str, typer.Option(help="attention shards: 2, or 1-4 to scale")] = "1",
     host: Annotated[str | None, typer.Option(help="address of the gateway")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="port of the gateway")] = None,
@@ -45,6 +54,12 @@ def up(
     store_bytes: Annotated[
         int, typer.Option(min=1 << 20, help="memory of the embedded session store")
     ] = DEFAULT_STORE_BYTES,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="give hot experts more replicas, in memory to spare")
+    ] = False,
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, help="with --autoscale: start workers up to so many")
+    ] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="gateway and engine together")] = False,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="experts inside the shard's process")
@@ -65,29 +80,43 @@ def up(
     min_shards, max_shards = _parse_shards(shards)
     if no_ray and max_shards > 1:
         raise ConfigurationError("--no-ray has one shard; leave --shards out", setting="shards")
+    num_workers = 0 if no_workers or not config.is_moe else workers
     plan = FleetPlan(
-        num_workers=0 if no_workers or not config.is_moe else workers,
+        num_workers=num_workers,
         min_shards=min_shards,
         max_shards=max_shards,
         use_ray=not no_ray,
         store_bytes=store_bytes,
+        replicas=replicas,
+        autoscaling=_autoscaling(autoscale, num_workers * replicas, max_workers),
     )
-    _refuse_busy_port(settings)
+    listener = open_listener(settings.host, settings.port, reuse_port=False)
     folder = StateFolder(state_dir or settings.state_dir or default_state_dir())
     try:
-        asyncio.run(_run(settings, plan, config, folder))
+        asyncio.run(_run(settings, plan, config, folder, listener))
     finally:
         folder.close()
 
 
 async def _run(
-    settings: Settings, plan: FleetPlan, config: ModelConfig, folder: StateFolder
+    settings: Settings,
+    plan: FleetPlan,
+    config: ModelConfig,
+    folder: StateFolder,
+    listener: socket.socket,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    fleet = Fleet(settings, plan, config, folder, Hardware.detect(), _say)
+    if plan.autoscaling is not None:
+        configure_logging(
+            settings.log_level,
+            service="autoscaler",
+            instance=str(os.getpid()),
+            file=folder.log_file("autoscaler"),
+        )
+    fleet = Fleet(settings, plan, config, folder, Hardware.detect(), listener, _say)
     started = time.monotonic()
     _say(f"{_describe(plan, config)}; logs in {folder.path / 'logs'}")
     try:
@@ -129,25 +158,26 @@ def _parse_shards(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _refuse_busy_port(settings: Settings) -> None:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise ConfigurationError(
-                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}); "
-                "choose another with --host and --port",
-                setting="port",
-            ) from error
+def _autoscaling(wanted: bool, num_workers: int, max_workers: int | None) -> PolicyOptions | None:
+    if not wanted and max_workers is None:
+        return None
+    if not wanted or num_workers == 0:
+        raise ConfigurationError(
+            "--max-workers and --autoscale belong together, and need expert workers",
+            setting="autoscale",
+        )
+    return PolicyOptions(
+        min_workers=num_workers,
+        max_workers=max_workers or num_workers,
+        scale_workers=max_workers is not None,
+    )
 
 
 def _describe(plan: FleetPlan, config: ModelConfig) -> str:
     model = f"{config.architecture}, {config.num_hidden_layers} layers"
     if config.is_moe:
         model += f" x {config.num_local_experts} experts"
-    experts = "in process" if plan.in_process_experts else f"in {plan.num_workers} workers"
+    experts = "in process" if plan.in_process_experts else f"in {plan.num_processes} workers"
     shards = str(plan.min_shards)
     if plan.max_shards > plan.min_shards:
         shards += f" to {plan.max_shards}"

@@ -22,7 +22,9 @@ from services.gateway.boundary import RequestBoundary
 from services.gateway.errors import status_response
 from services.gateway.expert_load import LoadHistory
 from services.gateway.gateway import Gateway
+from services.gateway.intake import Intake
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.resubmission import ResubmittingShards
 from services.gateway.routes.chat import chat_router
 from services.gateway.routes.completions import completions_router
 from services.gateway.routes.experts import experts_router
@@ -55,11 +57,15 @@ def create_app(
     gateway = Gateway(
         settings=settings,
         shard=shard,
+        shards=ResubmittingShards(shard, shard_wait_s=settings.shard_wait_s),
         registry=registry,
         model=ServedModel.load(settings, model_folder),
         metrics=metrics,
         authenticate=Authenticator(settings.api_keys),
         load_history=LoadHistory(),
+        intake=Intake(
+            max_requests=settings.max_waiting_requests, max_bytes=settings.max_waiting_bytes
+        ),
     )
     app = FastAPI(title="expertfleet", openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     for make_router in (

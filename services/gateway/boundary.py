@@ -20,6 +20,7 @@ from services.gateway.errors import (
     error_response,
     http_status,
 )
+from services.gateway.intake import Place
 from services.gateway.metrics import GatewayMetrics
 
 STATUS_CLIENT_GONE = 499
@@ -33,13 +34,19 @@ class RequestInfo:
     """What is known of the request in hand. `started_at` is a reading of `time.perf_counter`.
 
     `status` is what is counted: an error in mid-stream counts as that error, not as the 200 that
-    was sent before.
+    was sent before. `place` is where it waits until its first token.
     """
 
     request_id: str
     span: trace.Span
     started_at: float = field(default_factory=time.perf_counter)
     status: int = 0
+    place: Place | None = None
+
+    def stop_waiting(self) -> None:
+        """Its first token has come, or it is over."""
+        if self.place is not None:
+            self.place.leave()
 
     def fail(self, error: Exception) -> None:
         """Count and log an error that the client is told of."""
@@ -84,6 +91,7 @@ class RequestBoundary:
             with trace.use_span(span, end_on_exit=False, record_exception=False):
                 await self._run(scope, receive, send, info)
         finally:
+            info.stop_waiting()
             route = str(getattr(scope.get("route"), "path", "unknown"))
             status = info.status or STATUS_CLIENT_GONE
             self._metrics.observe_request(route, status, time.perf_counter() - info.started_at)

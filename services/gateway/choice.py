@@ -60,6 +60,7 @@ class Choice:
         self._waiting: deque[PlacedLogprob] = deque()
         self._num_decoded = 0  # characters that came out of the detokeniser
         self._num_shown = 0  # characters that went out in updates
+        self._is_begun = False
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.num_restored_tokens = 0
@@ -67,8 +68,11 @@ class Choice:
 
     def accept(self, delta: GenerationDelta) -> ChoiceUpdate:
         """Take the shard's next delta. Not to be called once `finish_reason` is set."""
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.num_restored_tokens = max(self.num_restored_tokens, delta.num_restored_tokens)
+        if not self._is_begun:
+            # Of the shard that began it: what another one finds cached is not the client's affair.
+            self._is_begun = True
+            self.num_cached_tokens = delta.num_cached_tokens
+            self.num_restored_tokens = delta.num_restored_tokens
         text, num_taken, is_stopped = self._take_tokens(delta)
         if not is_stopped and delta.finish_reason is not None:
             rest, is_stopped = self._show(self._detokenizer.finish())

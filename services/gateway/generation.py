@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
-from services.core.errors import UnavailableError
-from services.core.generation import GenerateRequest, GenerationDelta, ShardClient
+from services.core.generation import GenerateRequest
 from services.gateway.choice import Choice, ChoiceUpdate
+from services.gateway.resubmission import EmittedTokens, Resubmission, ResubmittingShards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,34 +27,35 @@ class Usage:
 
 
 class PromptRun:
-    """One prompt and its `n` choices."""
+    """One prompt and its `n` choices. `on_resubmit` is told when its shard was lost."""
 
-    def __init__(self, request: GenerateRequest, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        choices: Sequence[Choice],
+        on_resubmit: Callable[[Resubmission], None],
+    ) -> None:
         self.request = request
         self.choices = choices
+        self._on_resubmit = on_resubmit
 
-    async def updates(self, shard: ShardClient) -> AsyncGenerator[list[ChoiceUpdate], None]:
+    async def updates(self, shards: ResubmittingShards) -> AsyncGenerator[list[ChoiceUpdate], None]:
         """Updates until every choice has finished; closing it aborts the shard's work.
 
         What the shard still sends for a choice that a stop string ended is left aside.
         """
-        num_open = len(self.choices)
-        stream = cast("AsyncGenerator[tuple[GenerationDelta, ...]]", shard.generate(self.request))
-        async with aclosing(stream):
+        emitted = EmittedTokens(len(self.choices))
+        async with aclosing(shards.generate(self.request, emitted, self._on_resubmit)) as stream:
             async for deltas in stream:
                 batch: list[ChoiceUpdate] = []
                 for delta in deltas:
                     choice = self.choices[delta.index]
                     if choice.finish_reason is None:
                         batch.append(choice.accept(delta))
-                        num_open -= choice.finish_reason is not None
+                        if choice.finish_reason is not None:
+                            emitted.finish(delta.index)
                 if batch:
                     yield batch
-                if num_open == 0:
-                    return
-        raise UnavailableError(
-            f"The attention shard ended request {self.request.request_id} before it was complete"
-        )
 
     @property
     def num_cached_tokens(self) -> int:
@@ -71,10 +71,17 @@ class Generation:
     """The runs of all prompts, merged; choices are numbered prompt by prompt.
 
     `first_token_at` and `last_token_at` are readings of `time.perf_counter`, None before a token.
+    `on_first_token` is called once, with the first token of any prompt.
     """
 
-    def __init__(self, shard: ShardClient, runs: Sequence[PromptRun]) -> None:
-        self._shard = shard
+    def __init__(
+        self,
+        shards: ResubmittingShards,
+        runs: Sequence[PromptRun],
+        on_first_token: Callable[[], None],
+    ) -> None:
+        self._shards = shards
+        self._on_first_token = on_first_token
         self.runs = runs
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -82,14 +89,15 @@ class Generation:
     async def updates(self) -> AsyncGenerator[list[ChoiceUpdate], None]:
         """Updates in the order they come; those that came together stay together."""
         if len(self.runs) == 1:
-            source = self.runs[0].updates(self._shard)
+            source = self.runs[0].updates(self._shards)
         else:
-            source = _merge([run.updates(self._shard) for run in self.runs])
+            source = _merge([run.updates(self._shards) for run in self.runs])
         async with aclosing(source):
             async for batch in source:
                 self.last_token_at = time.perf_counter()
                 if self.first_token_at is None:
                     self.first_token_at = self.last_token_at
+                    self._on_first_token()
                 yield batch
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from starlette.requests import Request
@@ -16,10 +17,13 @@ from services.gateway.boundary import RequestInfo
 from services.gateway.choice import Choice
 from services.gateway.gateway import Gateway
 from services.gateway.generation import Generation, PromptRun
+from services.gateway.resubmission import Resubmission
 from services.gateway.sampling import build_sampling, fit_max_tokens
 from services.gateway.schemas.common import SESSION_ID_PATTERN, GenerationBody
 
 SESSION_HEADER = "x-session-id"
+
+_logger = logging.getLogger(__name__)
 
 
 def build_generation(
@@ -58,6 +62,7 @@ def build_generation(
             session_id=session_id,
             session_ttl_s=body.session_ttl_s,
             trace_context=carrier,
+            priority=body.priority or 0,
         )
         choices = [
             Choice(
@@ -68,8 +73,32 @@ def build_generation(
             )
             for index in range(request.n)
         ]
-        runs.append(PromptRun(request, choices))
-    return Generation(gateway.shard, runs)
+        runs.append(PromptRun(request, choices, _observer(gateway, info)))
+    return Generation(gateway.shards, runs, info.stop_waiting)
+
+
+def _observer(gateway: Gateway, info: RequestInfo) -> Callable[[Resubmission], None]:
+    """Puts the loss of a shard into the metrics, the log and the request's span."""
+
+    def observe(resubmission: Resubmission) -> None:
+        gateway.metrics.observe_resubmission(resubmission.reason)
+        _logger.warning(
+            "request %s lost its shard (%s) after %d tokens; attempt %d",
+            info.request_id,
+            resubmission.reason,
+            resubmission.num_tokens,
+            resubmission.attempt + 1,
+        )
+        info.span.add_event(
+            telemetry.EVENT_RESUBMITTED,
+            {
+                telemetry.ATTR_ATTEMPT: resubmission.attempt,
+                telemetry.ATTR_LOSS_REASON: resubmission.reason,
+                telemetry.ATTR_NUM_TOKENS: resubmission.num_tokens,
+            },
+        )
+
+    return observe
 
 
 def find_session_id(request: Request, body: GenerationBody) -> str | None:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.core import telemetry
+from services.core.errors import LossReason
 from services.core.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S
 from services.core.registry import Slot
 from services.gateway.generation import Generation
@@ -47,6 +48,12 @@ class GatewayMetrics(Collector):
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._resubmissions = Counter(
+            telemetry.METRIC_RESUBMISSIONS,
+            "Requests sent to another shard, by what became of theirs",
+            ("reason",),
+            registry=registry,
+        )
         self._expert_tokens: dict[Slot, int] = {}
         registry.register(self)
 
@@ -63,6 +70,9 @@ class GatewayMetrics(Collector):
         if num_intervals > 0:
             decode_s = generation.last_token_at - generation.first_token_at
             self._tpot.observe(decode_s / num_intervals)
+
+    def observe_resubmission(self, reason: LossReason) -> None:
+        self._resubmissions.labels(reason).inc()
 
     def set_expert_tokens(self, tokens: dict[Slot, int]) -> None:
         self._expert_tokens = tokens

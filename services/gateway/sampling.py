@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 from services.core.errors import ContextLengthError, InvalidRequestError
@@ -30,7 +31,7 @@ def build_sampling(
         repetition_penalty=_given(body.repetition_penalty, 1.0),
         presence_penalty=_given(body.presence_penalty, 0.0),
         frequency_penalty=_given(body.frequency_penalty, 0.0),
-        seed=body.seed,
+        seed=_given_seed(body.seed),
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(body.ignore_eos),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
@@ -81,6 +82,11 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
         ) from error
     check_token_ids(tuple(by_id), vocab_size, param="logit_bias")
     return by_id
+
+
+def _given_seed(seed: int | None) -> int:
+    """One of the gateway's own where the client gave none, so that another shard draws alike."""
+    return secrets.randbits(63) if seed is None else seed
 
 
 def _given(value: float | None, default: float) -> float:

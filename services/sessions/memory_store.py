@@ -55,13 +55,18 @@ class MemorySessionStore:
         num_tokens: int,
         ttl_s: float,
     ) -> None:
-        for block in blocks:
-            self.values[block.hash] = encode_block(self._layout, block.hash, block.payload)
-            until = self._clock() + ttl_s
-            self._expiry[block.hash] = max(until, self._expiry.get(block.hash, until))
-            self._evict()
+        self._write(blocks, ttl_s)
         hashes = [block.hash for block in blocks]
         await self.touch(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
+
+    async def put_checkpoint(self, blocks: Sequence[StoredBlock], *, ttl_s: float) -> None:
+        self._write([block for block in blocks if not self._is_stored(block.hash)], ttl_s)
+
+    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+        until = self._clock() + ttl_s
+        for block_hash in hashes:
+            if self._expiry.get(block_hash, 0.0) <= until:
+                self._drop(block_hash)
 
     async def touch(
         self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
@@ -135,6 +140,13 @@ class MemorySessionStore:
         self.values.clear()
         self._expiry.clear()
         self._sessions.clear()
+
+    def _write(self, blocks: Sequence[StoredBlock], ttl_s: float) -> None:
+        for block in blocks:
+            self.values[block.hash] = encode_block(self._layout, block.hash, block.payload)
+            until = self._clock() + ttl_s
+            self._expiry[block.hash] = max(until, self._expiry.get(block.hash, until))
+            self._evict()
 
     def _is_stored(self, block_hash: bytes) -> bool:
         if block_hash not in self.values:

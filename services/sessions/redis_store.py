@@ -91,6 +91,24 @@ class RedisSessionStore:
                 commands += [("PEXPIRE", key, _milliseconds(ttl_s), "NX")]
             await self._redis.run(commands)
 
+    async def put_checkpoint(self, blocks: Sequence[StoredBlock], *, ttl_s: float) -> None:
+        ttl_ms = _milliseconds(ttl_s)
+        for batch in _batches(blocks, self._blocks_per_batch):
+            commands: list[Command] = []
+            for block in batch:
+                value = encode_block(self._layout, block.hash, block.payload)
+                commands.append(("SET", self._block_key(block.hash), value, "NX", "PX", ttl_ms))
+            await self._redis.run(commands)
+
+    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+        for batch in _batches(hashes, _BATCH_COMMANDS):
+            keys = [self._block_key(item) for item in batch]
+            lives_ms = await self._redis.run([("PTTL", key) for key in keys])
+            pairs = zip(keys, lives_ms, strict=True)
+            own = [key for key, life_ms in pairs if 0 <= life_ms <= _milliseconds(ttl_s)]
+            if own:
+                await self._redis.run([("UNLINK", *own)])
+
     async def touch(
         self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
     ) -> None:

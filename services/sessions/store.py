@@ -94,6 +94,17 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def put_checkpoint(self, blocks: Sequence[StoredBlock], *, ttl_s: float) -> None:
+        """Store blocks of no session for `ttl_s`. What is stored already stays as it is."""
+        ...
+
+    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+        """Delete blocks that `put_checkpoint` stored with `ttl_s`.
+
+        Those that a session uses stay; only one that would expire within `ttl_s` anyway may go.
+        """
+        ...
+
     async def count_prefix(self, hashes: Sequence[bytes]) -> int:
         """How many leading hashes are stored. A hint: they can be evicted before they are read."""
         ...

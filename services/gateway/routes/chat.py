@@ -26,7 +26,9 @@ def chat_router(gateway: Gateway) -> APIRouter:
     router = APIRouter(dependencies=[Depends(gateway.authenticate)])
 
     async def create(request: Request) -> Response:
-        body = await read_body(request, ChatBody, gateway.settings.max_body_bytes)
+        info = request_info(request.scope)
+        place = info.place = gateway.intake.enter()
+        body = await read_body(request, ChatBody, gateway.settings.max_body_bytes, place)
         gateway.model.check_name(body.model)
         messages = [message.for_template() for message in body.messages]
         prompt = await gateway.model.encode_chat(messages)
@@ -41,7 +43,7 @@ def chat_router(gateway: Gateway) -> APIRouter:
             max_tokens=body.requested_tokens,
             logprobs=body.num_alternatives,
             param="messages",
-            info=request_info(request.scope),
+            info=info,
         )
         answer_format = ChatFormat(gateway.model, body)
         return await answer(request, gateway, body, generation, answer_format, response_id)

@@ -28,7 +28,9 @@ def completions_router(gateway: Gateway) -> APIRouter:
     router = APIRouter(dependencies=[Depends(gateway.authenticate)])
 
     async def create(request: Request) -> Response:
-        body = await read_body(request, CompletionBody, gateway.settings.max_body_bytes)
+        info = request_info(request.scope)
+        place = info.place = gateway.intake.enter()
+        body = await read_body(request, CompletionBody, gateway.settings.max_body_bytes, place)
         gateway.model.check_name(body.model)
         prompts = [await _prompt_tokens(gateway.model, prompt) for prompt in body.prompts]
         response_id = f"cmpl-{uuid.uuid4().hex}"
@@ -42,7 +44,7 @@ def completions_router(gateway: Gateway) -> APIRouter:
             max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             param="prompt",
-            info=request_info(request.scope),
+            info=info,
         )
         answer_format = CompletionFormat(gateway.model, body)
         return await answer(request, gateway, body, generation, answer_format, response_id)

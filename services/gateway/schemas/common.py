@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from services.core.generation import MAX_PRIORITY, MIN_PRIORITY
+
 MAX_CHOICES = 1024
 """Choices of one request: prompts x n."""
 SESSION_ID_PATTERN = r"^[A-Za-z0-9._:@=+~-]{1,256}$"
@@ -99,6 +101,9 @@ class GenerationBody(BaseModel):
     ignore_eos: bool | None = None
     session_id: str | None = Field(None, pattern=SESSION_ID_PATTERN)
     session_ttl_s: float | None = Field(None, gt=0, le=_MAX_SESSION_TTL_S)
+    priority: int | None = Field(
+        None, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the lower, the earlier; default 0"
+    )
     return_token_ids: bool | None = Field(None, description="add token_ids to every choice")
 
     user: Any = None
