@@ -2,12 +2,12 @@
 PY := .venv/bin/python
 MODEL ?= models/demo
 ARGS ?=
-PROTOS := protos/experts.proto
+PROTOS := protos/experts.proto protos/shards.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format protos protos-check demo-model clean \
+.PHONY: help setup serve test check chart-check format protos protos-check demo-model clean \
 	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
-	bench-gpu bench-long-context bench-perplexity bench-plan bench-wide
+	bench-gpu bench-long-context bench-perplexity bench-plan bench-wide faults soak
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,10 @@ check: setup ## lint, format, types, import directions, generated code
 	.venv/bin/mypy
 	$(PY) -m pytest tests/unit/test_architecture.py
 	@$(MAKE) --no-print-directory protos-check
+	@$(MAKE) --no-print-directory chart-check
+
+chart-check: setup ## lint, render and validate the Helm chart with each of its values files
+	$(PY) -m pytest tests/unit/deploy/test_chart_manifests.py tests/unit/deploy/test_chart_values.py
 
 format: setup ## fix lint and format in place
 	.venv/bin/ruff check --fix .
@@ -44,6 +48,12 @@ protos-check: setup ## fail when the committed wire code differs from the contra
 
 demo-model: setup ## train models/demo again from the standard library's sources
 	$(PY) -m models.train_demo $(ARGS)
+
+faults: setup ## injure the running product; writes docs/performance/faults.{md,json,svg} (docs/reliability.md)
+	$(PY) -m tests.faults --out docs/performance $(ARGS)
+
+soak: setup ## random faults under load for 30 minutes (ARGS="--minutes N"); nothing may grow
+	$(PY) -m tests.faults.soak --out docs/performance $(ARGS)
 
 bench: setup ## measure expertfleet beside its peers; writes docs/performance/bench.{md,json,svg}
 	$(PY) -m benchmarks.run $(ARGS)

@@ -1,11 +1,12 @@
-"""What one MoE layer costs over gRPC beside the same layer in process.
+"""What one MoE layer costs over the wire beside the same layer in process.
 
     python -m benchmarks.dispatch [--model bench-s] [--workers 1,2,4] [--tokens 1,8,32,128]
+        [--transport grpc,lane]
 
-Random hidden states and a random gate go through the two expert backends in turn, on the same
-weights. Prints medians in microseconds per layer call and the difference: what packing, wire,
-queueing and combining cost, less what computing in several processes gains. Then the means of the
-parts of a call, which are those of its slowest frame (`DispatchTimings`).
+Random hidden states and a random gate go through the expert backends in turn, on the same weights.
+Prints medians in microseconds per layer call and the difference: what packing, wire, queueing and
+combining cost, less what computing in several processes gains. Then the means of the parts of a
+call, which are those of its slowest frame (`DispatchTimings`).
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side import running_workers
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.lane_choice import chosen_transport
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import ExpertBackend, StepContext
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.grpc_options import GRPC_ENVIRONMENT
 from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
+from services.core.settings import load_settings
 from services.core.static_registry import StaticRegistry, parse_endpoints
 
 NUM_LAYERS = 4
@@ -49,7 +52,9 @@ def main() -> None:
     parser.add_argument("--model", default="bench-s", help="bench-s or bench-xs")
     parser.add_argument("--workers", default="1,2,4")
     parser.add_argument("--tokens", default="1,8,32,128")
+    parser.add_argument("--transport", default="grpc,lane", help="grpc, lane or both")
     arguments = parser.parse_args()
+    transports = arguments.transport.split(",")
     tokens = [int(count) for count in arguments.tokens.split(",")]
     with tempfile.TemporaryDirectory(prefix="expertfleet-bench-") as scratch:
         folder = write_named_checkpoint(
@@ -57,44 +62,60 @@ def main() -> None:
         )
         sys.stdout.write(f"{describe_machine()}\n{arguments.model}, {NUM_LAYERS} layers, bf16\n\n")
         sys.stdout.write(
-            "| workers | tokens | in process us | over gRPC us | difference us "
-            f"| pack | wire | queue | expert | combine |\n{'|---' * 10}|\n"
+            "| workers | tokens | transport | in process us | over the wire us | difference us "
+            f"| pack | wire | queue | expert | combine |\n{'|---' * 11}|\n"
         )
         for num_workers in (int(count) for count in arguments.workers.split(",")):
             with running_workers(str(folder), "bfloat16", num_workers) as endpoints:
-                uvloop.run(_compare(str(folder), endpoints, num_workers, tokens))
+                uvloop.run(_compare(str(folder), endpoints, num_workers, tokens, transports))
 
 
-async def _compare(model: str, endpoints: str, num_workers: int, tokens: list[int]) -> None:
+async def _compare(
+    model: str, endpoints: str, num_workers: int, tokens: list[int], transports: list[str]
+) -> None:
     checkpoint = Checkpoint.open(model)
     cpu = torch.device("cpu")
     local = LocalExperts.load(checkpoint, dtype=torch.bfloat16, device=cpu)
-    remote = RemoteExperts(
-        checkpoint.config,
-        registry=StaticRegistry(parse_endpoints(endpoints)),
-        dtype=torch.bfloat16,
-    )
-    await remote.wait_ready()
+    remotes = {name: _remote(checkpoint.config, endpoints, name) for name in transports}
+    for remote in remotes.values():
+        await remote.wait_ready()
     cores = len(os.sched_getaffinity(0))
     try:
         for count in tokens:
             local_us: list[float] = []
-            remote_us: list[float] = []
-            remote.take_timings()
+            remote_us: dict[str, list[float]] = {name: [] for name in remotes}
+            for remote in remotes.values():
+                remote.take_timings()
             for _ in range(ROUNDS):
                 # As the launcher sets them: all cores in process, one left for I/O beside workers.
                 set_num_threads(cores)
                 local_us.append(await _round_us(local, checkpoint.config, count))
                 set_num_threads(max(1, cores - 1))
-                remote_us.append(await _round_us(remote, checkpoint.config, count))
-            near, far = statistics.median(local_us), statistics.median(remote_us)
-            sys.stdout.write(
-                f"| {num_workers} | {count} | {near:.0f} | {far:.0f} | {far - near:+.0f} "
-                f"| {_parts(remote.take_timings())} |\n"
-            )
+                for name, remote in remotes.items():
+                    remote_us[name].append(await _round_us(remote, checkpoint.config, count))
+            near = statistics.median(local_us)
+            for name, remote in remotes.items():
+                far = statistics.median(remote_us[name])
+                sys.stdout.write(
+                    f"| {num_workers} | {count} | {name} | {near:.0f} | {far:.0f} "
+                    f"| {far - near:+.0f} | {_parts(remote.take_timings())} |\n"
+                )
             sys.stdout.flush()
     finally:
-        await remote.close()
+        for remote in remotes.values():
+            await remote.close()
+
+
+def _remote(config: ModelConfig, endpoints: str, transport: str) -> RemoteExperts:
+    settings = load_settings(dispatch_transport=transport)
+    return RemoteExperts(
+        config,
+        registry=StaticRegistry(parse_endpoints(endpoints)),
+        dtype=torch.bfloat16,
+        transport=chosen_transport(
+            settings.dispatch_transport, max_frame_bytes=settings.max_frame_bytes
+        ),
+    )
 
 
 def _parts(timings: DispatchTimings) -> str:

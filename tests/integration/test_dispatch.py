@@ -28,6 +28,7 @@ from services.core.store_server import StoreServer
 from tests.support.checkpoints import make_checkpoint
 from tests.support.eventually import eventually
 from tests.support.moe_layers import random_gate
+from tests.support.proxy import FaultProxy
 from tests.support.redis_server import running_redis
 from tests.support.worker_process import WorkerProcess, running_worker
 
@@ -198,37 +199,58 @@ async def test_no_call_is_lost_or_wrong_when_an_only_worker_is_killed_and_restar
         await load.stop()
 
 
-async def test_a_killed_replica_costs_a_moment_and_no_call(
-    fleet: Fleet, model: Path, local: LocalExperts
-) -> None:
-    first, second = fleet.start_all(first="0-3", second="0-3")
-    async with connected(model, fleet.registry) as remote:
-        await eventually(lambda: len(remote._pool.view.links) == 2)
-        load = Load(remote, local)
-        await load.calls(20)
-        first.process.kill()
-        await load.calls(20)
-        await load.stop()
-        print(f"longest call {load.longest_gap_s:.3f} s")
-        assert load.longest_gap_s < 2.0  # a broken link counts at once; its deadline is 30 s
-        assert second.process.poll() is None
+@pytest.fixture(scope="module")
+def replicas(model: Path) -> Iterator[tuple[WorkerProcess, WorkerProcess]]:
+    """Two workers that hold everything."""
+    with (
+        running_worker(model, "0-3", wait_ready=False) as faulty,
+        running_worker(model, "0-3", wait_ready=False) as steady,
+    ):
+        for worker in (faulty, steady):
+            worker.wait_ready()
+        yield faulty, steady
 
 
-async def test_a_worker_that_hangs_is_left_by_deadline_and_its_late_answers_are_dropped(
-    fleet: Fleet, model: Path, local: LocalExperts
+@pytest.mark.parametrize("fault", ["stopped", "slow", "cut", "half-open", "killed"])
+async def test_a_fault_of_one_of_two_replicas_costs_a_moment_and_no_call(
+    fault: str, replicas: tuple[WorkerProcess, WorkerProcess], model: Path, local: LocalExperts
 ) -> None:
-    hung, _ = fleet.start_all(hung="0-3", other="0-3")
-    async with connected(model, fleet.registry, call_timeout_s=0.3) as remote:
-        await eventually(lambda: len(remote._pool.view.links) == 2)
-        load = Load(remote, local)
-        await load.calls(20)
-        os.kill(hung.process.pid, signal.SIGSTOP)
-        try:
-            await load.calls(6)
-        finally:
-            os.kill(hung.process.pid, signal.SIGCONT)
-        await load.calls(20)
-        await load.stop()
+    faulty, steady = replicas
+    host, _, port = faulty.endpoint.rpartition(":")
+    proxy = FaultProxy()
+    try:
+        route = proxy.listen(("127.0.0.1", 0), (host, int(port)))
+        registry = StaticRegistry([f"127.0.0.1:{proxy.port_of(route)}", steady.endpoint])
+        async with connected(model, registry) as remote:
+            await eventually(lambda: len(remote._pool.view.links) == 2)
+            load = Load(remote, local)
+            await load.calls(100)
+            load.longest_gap_s = 0.0
+            inject = {
+                "stopped": lambda: os.kill(faulty.process.pid, signal.SIGSTOP),
+                "slow": lambda: proxy.delay(route, 0.25),
+                "cut": lambda: proxy.cut(route, refuse=True),
+                "half-open": lambda: proxy.silence(route),
+                "killed": faulty.process.kill,
+            }[fault]
+            inject()
+            injected_at = time.monotonic()
+            try:
+                while time.monotonic() - injected_at < 1.5:
+                    await load.calls(20)
+            finally:
+                if fault == "stopped":
+                    os.kill(faulty.process.pid, signal.SIGCONT)
+                elif fault != "killed":
+                    proxy.restore(route)
+            await load.calls(20)
+            gap_s = load.longest_gap_s
+            await load.stop()
+            print(f"{fault}: longest call {gap_s:.3f} s")
+            assert gap_s <= 0.5
+            assert steady.process.poll() is None
+    finally:
+        proxy.close()
 
 
 async def test_a_worker_that_is_drained_under_load_loses_no_call_and_exits_cleanly(

@@ -32,6 +32,7 @@ from services.core.registry import WorkerRecord
 from services.core.store_server import StoreServer
 from services.core.telemetry import ATTR_EXPERT_IDS, ATTR_LAYER, ATTR_WORKER_ID, SPAN_EXPERT
 from services.core.wire import ResponseFrame, decode_response, encode_request
+from services.core.worker_control import load_slots
 from tests.support.checkpoints import fresh_seed, make_checkpoint
 from tests.support.eventually import eventually
 from tests.support.frames import random_assignments
@@ -570,6 +571,17 @@ async def test_the_lease_shows_slots_load_and_state_and_goes_at_the_end(
         counts = zip(HELD, frame.assignments.rows_per_expert, strict=True)
         assert dict(lease.tokens) == {(1, expert): count for expert, count in counts}
         assert lease.num_frames == 1
+        assert 0 < lease.busy_s < 30
+        assert lease.num_threads == 1
+        assert lease.slot_bytes * len(lease.slots) == lease.weight_bytes
+        left = lease.memory_limit_bytes - lease.weight_bytes
+        assert 0 < lease.memory_free_bytes <= left
+        await load_slots(worker.endpoint, {(0, 3)}, timeout_s=30)
+        told = await record()
+        assert told is not None
+        assert told.slots == lease.slots | {(0, 3)}  # announced before it was answered
+        assert told.weight_bytes == lease.weight_bytes + lease.slot_bytes
+        assert told.memory_limit_bytes == lease.memory_limit_bytes
         worker.terminate()
         assert await asyncio.to_thread(worker.wait) == 0
         assert await record() is None

@@ -47,6 +47,18 @@ async def test_fleets_do_not_see_each_other(server: StoreServer) -> None:
     await other.close()
 
 
+async def test_an_index_overwritten_with_something_else_is_made_anew(server: StoreServer) -> None:
+    registry = RedisRegistry(server.url, fleet="spoilt")
+    await registry.publish(worker_record("w"), 5.0)
+    async with Redis.from_url(server.url) as client:
+        await client.set("expertfleet:spoilt:leases", b"\xff garbage")
+    with pytest.raises(UnavailableError):
+        await registry.snapshot()
+    await registry.publish(worker_record("w"), 5.0)
+    assert [worker.worker_id for worker in (await registry.snapshot()).workers] == ["w"]
+    await registry.close()
+
+
 async def test_a_lease_that_is_not_renewed_is_gone_and_leaves_no_trace(server: StoreServer) -> None:
     registry = RedisRegistry(server.url, fleet="lease")
     await registry.publish(worker_record("w"), 0.1)

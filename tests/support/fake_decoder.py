@@ -185,6 +185,8 @@ def fake_engine(
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_waiting_tokens",
+            "max_waiting_seqs",
+            "max_ttft_s",
             "max_imports_per_step",
             "max_model_len",
         )
@@ -210,7 +212,16 @@ def fake_request(prompt: Sequence[int], max_tokens: int = 8, **options: Any) -> 
     """A greedy request; `GenerateRequest` fields by name, all else goes to `SamplingParams`."""
     own: dict[str, Any] = {
         name: options.pop(name)
-        for name in ("n", "tenant", "session_id", "session_ttl_s", "trace_context", "request_id")
+        for name in (
+            "n",
+            "tenant",
+            "session_id",
+            "session_ttl_s",
+            "trace_context",
+            "request_id",
+            "resumed",
+            "priority",
+        )
         if name in options
     }
     sampling = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0} | options)

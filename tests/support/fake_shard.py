@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 from services.core.generation import (
     FinishReason,
@@ -20,6 +21,8 @@ Script = Callable[[GenerateRequest], Sequence[Step]]
 
 class FakeShard:
     """Plays `script(request)` for each request; remembers requests and how they ended.
+
+    A script tells the whole completion; of a resumed request only what is new is played.
 
     `num_closed` counts requests whose iterator is over, for whatever reason, and `closed` can be
     waited for. `num_aborted` counts those closed before their script was.
@@ -50,14 +53,15 @@ class FakeShard:
         self.started.set()
         is_complete = False
         try:
+            resumed = _Resumed(request)
             for step in self.script(request):
                 if isinstance(step, asyncio.Event):
                     await step.wait()
                 elif isinstance(step, Exception):
                     raise step
-                else:
+                elif news := resumed.news(step):
                     await asyncio.sleep(0)
-                    yield step
+                    yield news
             is_complete = True
         finally:
             self.num_closed += 1
@@ -73,6 +77,48 @@ class FakeShard:
     async def check_ready(self) -> None:
         if self.not_ready is not None:
             raise self.not_ready
+
+
+class _Resumed:
+    """Takes away what a request brought along of its completions."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._is_finished = {i for i, choice in enumerate(request.resumed) if choice.is_finished}
+        self._known = {i: list(choice.token_ids) for i, choice in enumerate(request.resumed)}
+
+    def news(self, deltas: tuple[GenerationDelta, ...]) -> tuple[GenerationDelta, ...]:
+        own = [self._own_news(delta) for delta in deltas if delta.index not in self._is_finished]
+        return tuple(delta for delta in own if delta is not None)
+
+    def _own_news(self, delta: GenerationDelta) -> GenerationDelta | None:
+        known = self._known.get(delta.index, [])
+        count = min(len(known), len(delta.token_ids))
+        if not count:
+            return delta
+        assert tuple(known[:count]) == delta.token_ids[:count], "resumed with other tokens"
+        del known[:count]
+        if count == len(delta.token_ids) and delta.finish_reason is None:
+            return None
+        logprobs = None if delta.logprobs is None else delta.logprobs[count:]
+        return replace(delta, token_ids=delta.token_ids[count:], logprobs=logprobs)
+
+
+def dying(script: Script, *, after: Sequence[int], error: Exception | None = None) -> Script:
+    """Shards that play `script` and are lost: the first after `after[0]` steps, and so on; who
+    comes after them plays to the end. Without an `error` their streams just end.
+
+    Steps count those that a resumed request is not told any more.
+    """
+    lives = iter(after)
+
+    def play(request: GenerateRequest) -> Sequence[Step]:
+        steps = script(request)
+        num_steps = next(lives, None)
+        if num_steps is None:
+            return steps
+        return [*steps[:num_steps], *([error] if error is not None else [])]
+
+    return play
 
 
 def says(

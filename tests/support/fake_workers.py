@@ -27,7 +27,7 @@ from services.core.wire import (
 from tests.support.moe_layers import random_expert
 from tests.support.records import worker_record
 
-Fault = Literal["silent", "break", "draining", "internal", "unknown", "invalid", "short"]
+Fault = Literal["silent", "break", "draining", "internal", "unknown", "invalid", "short", "twice"]
 
 _STATUS = {
     "draining": experts_pb2.DISPATCH_STATUS_DRAINING,
@@ -92,6 +92,8 @@ class FakeWorker:
     state: experts_pb2.WorkerState = experts_pb2.WORKER_STATE_READY
     max_frame_bytes: int = 1 << 20
     is_up: bool = True
+    delay_s: float = 0.0
+    """How long every frame takes beside its computing."""
     faults: deque[Fault] = field(default_factory=deque)
     requests: list[RequestFrame] = field(default_factory=list)
     links: list[FakeLink] = field(default_factory=list)
@@ -169,6 +171,12 @@ class FakeLink:
         if self._worker.faults and self._worker.faults[0] == "break":
             self._worker.faults.popleft()
             loop.call_soon(self.break_off, "broke on a frame")
+        elif self._worker.faults and self._worker.faults[0] == "twice":
+            self._worker.faults.popleft()
+            loop.call_soon(self._deliver, frame, call_id)
+            loop.call_soon(self._deliver, frame, call_id)
+        elif self._worker.delay_s:
+            loop.call_later(self._worker.delay_s, self._deliver, frame, call_id)
         else:
             loop.call_soon(self._deliver, frame, call_id)
 

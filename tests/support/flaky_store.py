@@ -24,6 +24,7 @@ class FlakyStore:
         self.num_fetched = 0
         self.puts: list[tuple[SessionRef, list[bytes], int, float]] = []
         self.touches: list[tuple[SessionRef, list[bytes], int, float]] = []
+        self.checkpoints: list[list[bytes]] = []
         self.is_closed = False
 
     async def put(
@@ -44,6 +45,15 @@ class FlakyStore:
         await self._answer()
         self.touches.append((session, list(hashes), num_tokens, ttl_s))
         await self.inner.touch(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
+
+    async def put_checkpoint(self, blocks: Sequence[StoredBlock], *, ttl_s: float) -> None:
+        await self._answer()
+        self.checkpoints.append([block.hash for block in blocks])
+        await self.inner.put_checkpoint(blocks, ttl_s=ttl_s)
+
+    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+        await self._answer()
+        await self.inner.forget_checkpoint(hashes, ttl_s=ttl_s)
 
     async def count_prefix(self, hashes: Sequence[bytes]) -> int:
         self.num_counts += 1

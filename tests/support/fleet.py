@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from expert_service.dispatch import DispatchService
 from expert_service.frame_spans import FrameSpans
+from expert_service.slots import SlotGroup
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
 from router_service.dispatch.dispatcher import RemoteExperts
@@ -29,6 +30,7 @@ from router_service.model.decoder import MixtralDecoder
 from router_service.model.kv_cache import KVCache
 from router_service.sampling.sampler import Sampler
 from router_service.scheduling.step_plan import SchedulerConfig
+from router_service.session_tier.session_tier import SessionTier
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.memory_registry import MemoryRegistry
@@ -93,6 +95,7 @@ async def running_engine(
     max_num_batched_tokens: int = 24,
     num_micro_batches: int | Literal["auto"] = 1,
     shard_weights: WeightsSetting = "auto",
+    session_tier: SessionTier | None = None,
 ) -> AsyncIterator[Engine]:
     """The engine over the workers at `endpoints`, ready."""
     checkpoint = Checkpoint.open(str(folder))
@@ -120,6 +123,7 @@ async def running_engine(
         model_fingerprint=checkpoint.non_expert_digest(),
         num_micro_batches=num_micro_batches,
         num_threads=NUM_THREADS,
+        session_tier=session_tier,
         thread=thread,
     )
     engine.start()
@@ -203,8 +207,7 @@ class _Fleet:
         stats = WorkerStats(CollectorRegistry())
         options = WorkerOptions(
             worker_id=worker_id,
-            experts=part.experts,
-            layers=part.layers,
+            slots=[SlotGroup(experts=part.experts, layers=tuple(part.layers))],
             host="127.0.0.1",
             port=0,
             advertised_host="127.0.0.1",
@@ -216,5 +219,10 @@ class _Fleet:
             spans=FrameSpans(NoOpTracer(), worker_id=worker_id),
         )
         return ExpertWorker(
-            self.settings, options, dispatch=dispatch, stats=stats, registry=self.registry
+            self.settings,
+            options,
+            dispatch=dispatch,
+            stats=stats,
+            tracer=NoOpTracer(),
+            registry=self.registry,
         )

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
-DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
+REPOSITORY = Path(__file__).parents[2]
+DEMO_MODEL = REPOSITORY / "models" / "demo"
 READY_TIMEOUT_S = 150.0
 
 

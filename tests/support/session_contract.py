@@ -78,6 +78,34 @@ class SessionStoreContract:
         with pytest.raises(ValueError, match="payload has"):
             await store.put(ALICE, [short], num_tokens=4, ttl_s=60)
 
+    async def test_a_checkpoint_is_found_until_it_is_forgotten(self, store: SessionStore) -> None:
+        blocks = random_blocks(5)
+        await store.put_checkpoint(blocks, ttl_s=60)
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
+        await store.forget_checkpoint(hashes_of(blocks[3:]), ttl_s=60)
+        assert await store.count_prefix(hashes_of(blocks)) == 3
+        await store.forget_checkpoint([*hashes_of(blocks), os.urandom(16)], ttl_s=60)
+        assert await store.count_prefix(hashes_of(blocks)) == 0
+
+    async def test_what_a_session_uses_outlives_the_checkpoint(self, store: SessionStore) -> None:
+        before, after, found = random_blocks(3)
+        await store.put(ALICE, [before], num_tokens=4, ttl_s=600)
+        await store.put_checkpoint([before, after, found], ttl_s=60)
+        await store.put(ALICE, [after], num_tokens=8, ttl_s=600)
+        await store.touch(ALICE, [found.hash], num_tokens=12, ttl_s=600)
+        hashes = hashes_of([before, after, found])
+        await store.forget_checkpoint(hashes, ttl_s=60)
+        assert await store.count_prefix(hashes) == 3
+
+    async def test_a_checkpoint_that_nobody_forgets_expires(self, store: SessionStore) -> None:
+        blocks = random_blocks(2)
+        await store.put_checkpoint(blocks, ttl_s=0.2)
+
+        async def is_gone() -> bool:
+            return await store.count_prefix(hashes_of(blocks)) == 0
+
+        await eventually(is_gone, timeout_s=5)
+
     async def test_the_prefix_ends_at_the_first_gap(self, store: SessionStore) -> None:
         blocks = random_blocks(6)
         await store.put(ALICE, [*blocks[:3], *blocks[4:]], num_tokens=24, ttl_s=60)

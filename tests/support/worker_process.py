@@ -56,7 +56,7 @@ class WorkerProcess:
 @contextlib.contextmanager
 def running_worker(
     model: Path,
-    experts: str,
+    experts: str | None,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     wait_ready: bool = True,
@@ -64,11 +64,13 @@ def running_worker(
     """Start `python -m expert_service` on free ports of 127.0.0.1 and kill it at the end.
 
     `environment` is added to a copy of this process's without EXPERTFLEET_* and REDIS_URL.
+    Without `experts` the arguments say what it holds.
     """
+    held = () if experts is None else ("--experts", experts)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "expert_service"),
-            *("--model", str(model), "--experts", experts, *arguments),
+            *("--model", str(model), *held, *arguments),
         ],
         cwd=REPOSITORY,
         env=_clean_environment() | dict(environment or {}),

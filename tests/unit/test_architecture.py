@@ -88,7 +88,13 @@ def test_only_the_settings_read_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["services.cli.main", "services.gateway.app", "services.core.settings"]
+    "module",
+    [
+        "services.cli.main",
+        "services.gateway.app",
+        "services.autoscaler.run",
+        "services.core.settings",
+    ],
 )
 def test_light_processes_start_without_torch_and_ray(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'ray') if m in sys.modules])"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
@@ -90,3 +91,44 @@ async def test_stopping_during_the_back_off_starts_nothing(tmp_path: Path) -> No
     restarts = child.num_restarts
     await asyncio.sleep(0.5)
     assert child.num_restarts == restarts
+
+
+async def test_a_stopped_process_can_be_killed_and_is_started_again(tmp_path: Path) -> None:
+    child = _child(tmp_path, SLEEP)
+    await child.start()
+    try:
+        await _until_up(child)
+        first = child.pid
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        child.kill()
+        await _until_up(child, times=2)
+        states: list[str] = [child.state]
+    finally:
+        await child.stop(1.0)
+    assert child.pid != first
+    assert [*states, child.state] == ["running", "stopped"]
+
+
+async def test_a_planned_restart_runs_the_new_command_and_counts_as_no_death(
+    tmp_path: Path,
+) -> None:
+    child = _child(tmp_path, SLEEP)
+    await child.start()
+    try:
+        await _until_up(child)
+        first = child.pid
+        changed = dataclasses.replace(
+            child.spec, command=[sys.executable, "-c", "print('changed');" + SLEEP]
+        )
+        await child.restart(changed, 5.0)
+        await _until_up(child, times=2)
+        assert "changed" in child.spec.log_file.read_text()
+        assert child.pid != first
+        assert child.num_restarts == 0
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        await _until_up(child, times=3)
+        assert child.num_restarts == 1
+    finally:
+        await child.stop(1.0)

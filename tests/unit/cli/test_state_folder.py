@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import state_folder
-from services.cli.state_folder import StateFolder
+from services.cli.state_folder import RunningInstance, StateFolder
 from services.core.errors import ConfigurationError
 
 
@@ -67,4 +67,20 @@ def test_a_large_log_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.log_file("store").write_text("x" * 100)
     assert not folder.log_file("store").exists()
     assert (folder.path / "logs" / "store.log.1").read_text() == "x" * 100
+    folder.close()
+
+
+def test_commands_find_the_running_instance_and_say_when_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--state-dir"):
+        RunningInstance.find(tmp_path / "state")
+    folder = StateFolder(tmp_path / "state")
+    folder.record(url="http://127.0.0.1:1234")
+    found = RunningInstance.find(tmp_path / "state")
+    assert found.url == "http://127.0.0.1:1234"
+    assert found.control_socket.parent == folder.run_folder
+    told = json.loads((tmp_path / "state" / "instance.json").read_text())
+    ended = {**told, "pid": 2**22 + 1}
+    (tmp_path / "state" / "instance.json").write_text(json.dumps(ended))
+    with pytest.raises(ConfigurationError, match="no `expertfleet up` runs"):
+        RunningInstance.find(tmp_path / "state")
     folder.close()

@@ -42,6 +42,15 @@ def test_a_record_of_every_slot_of_8x22b_with_counts_is_a_few_kilobytes() -> Non
     assert len(encode_record(record)) < 5000
 
 
+def test_a_record_written_before_memory_and_busy_time_were_told_is_read() -> None:
+    record = worker_record(slot_bytes=5, memory_limit_bytes=6, busy_s=1.5, num_threads=2)
+    assert decode_record(encode_record(record)) == record
+    fields = json.loads(encode_record(record))
+    for name in ("slot_bytes", "memory_limit_bytes", "busy_s", "num_threads"):
+        del fields[name]
+    assert decode_record(json.dumps(fields).encode()) == worker_record()
+
+
 def test_fields_of_a_newer_version_are_skipped_and_missing_optional_ones_take_defaults() -> None:
     fields = json.loads(encode_record(worker_record()))
     del fields["metrics_endpoint"], fields["tokens"]

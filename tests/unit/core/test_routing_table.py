@@ -70,11 +70,10 @@ def test_without_some_slots_of_a_worker_the_others_stay() -> None:
     assert after.missing_slots() == ((1, 2),)
 
 
-def test_avoided_workers_are_used_only_where_nobody_else_holds_the_expert() -> None:
-    table = build(worker_record("a", ALL), worker_record("b", {(0, 0), (0, 1)}))
-    assert table.resolve_avoiding(0, {"b"}).tolist() == [0, 0, 0, 0]
-    assert table.resolve_avoiding(0, {"a"}).tolist() == [1, 1, 0, 0]
-    assert table.resolve_avoiding(0, {"gone"}).tolist() == table.resolve(0).tolist()
+def test_the_table_says_per_layer_whether_there_is_a_choice_and_whether_it_is_whole() -> None:
+    table = build(worker_record("a", ALL - {(2, 3)}), worker_record("b", {(0, 0)}))
+    assert table.has_choice == (True, False, False)
+    assert table.is_whole == (True, True, False)
 
 
 def test_slots_outside_the_model_are_ignored() -> None:

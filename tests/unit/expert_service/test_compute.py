@@ -28,13 +28,10 @@ class Bench:
         self.dtype = dtype
         self.layers = {layer: {expert: self._expert() for expert in range(2)} for layer in range(2)}
         self.batches: queue.SimpleQueue[Sequence[Outcome]] = queue.SimpleQueue()
-        self.thread = ComputeThread(
-            HeldExperts(
-                layers=self.layers, digests={}, dtype=dtype, device=CPU, hidden_size=HIDDEN
-            ),
-            num_threads=1,
-            deliver=self.batches.put,
+        self.held = HeldExperts(
+            layers=self.layers, digests={}, dtype=dtype, device=CPU, hidden_size=HIDDEN
         )
+        self.thread = ComputeThread(num_threads=1, is_native=True, deliver=self.batches.put)
 
     def frame(self, *, layer: int = 0, call_id: int = 0, num_tokens: int = 3) -> RequestFrame:
         return RequestFrame(
@@ -48,10 +45,13 @@ class Bench:
             traceparent="",
         )
 
-    def submit(self, frame: RequestFrame, *, is_wanted: bool = True) -> None:
+    def submit(
+        self, frame: RequestFrame, *, is_wanted: bool = True, held: HeldExperts | None = None
+    ) -> None:
         self.thread.submit(
             Job(
                 frame=frame,
+                held=held or self.held,
                 arrived_ns=0,
                 is_wanted=lambda: is_wanted,
                 on_done=lambda outcome: None,
@@ -164,3 +164,27 @@ def test_a_frame_that_nobody_waits_for_is_not_computed(bench: Bench) -> None:
     bench.submit(bench.frame(call_id=2))
     bench.thread.start()
     assert [outcome.job.frame.call_id for outcome in bench.next_batch()] == [2]
+
+
+def test_frames_accepted_before_and_after_a_change_are_computed_together(bench: Bench) -> None:
+    """Each with the experts that were held when it came, one of which is gone meanwhile."""
+    before = bench.held
+    after = HeldExperts(
+        layers={0: {0: bench.layers[0][0], 1: bench.layers[0][1]}, 1: {1: bench.layers[1][1]}},
+        digests={},
+        dtype=torch.float32,
+        device=CPU,
+        hidden_size=HIDDEN,
+    )
+    frames = [bench.frame(layer=1, call_id=call_id) for call_id in range(2)]
+    only_one = dataclasses.replace(
+        frames[1],
+        assignments=random_assignments(bench.generator, num_tokens=3, expert_ids=(1,)),
+    )
+    bench.submit(frames[0], held=before)
+    bench.submit(only_one, held=after)
+    bench.submit(frames[0], held=before)
+    bench.thread.start()
+    outcomes = bench.next_batch()
+    for outcome, frame in zip(outcomes, (frames[0], only_one, frames[0]), strict=True):
+        assert torch.equal(result_of(outcome), bench.alone(frame))

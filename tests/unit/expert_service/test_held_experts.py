@@ -74,3 +74,16 @@ def test_digests_differ_by_the_kernels_where_those_must_agree(model: Path) -> No
     assert digests("") == load(model, SLOTS).digests
     assert digests("native avx2") == digests("native avx2")
     assert not set(digests("native avx2").values()) & set(digests("native amx").values())
+
+
+def test_slots_are_added_and_taken_from_a_snapshot_that_stays_as_it_is(model: Path) -> None:
+    held = load(model, SLOTS)
+    more = held.with_slots(load(model, ((0, 2),)))
+    less = more.without_slots({(0, 1), (1, 1), (1, 2), (1, 3)})
+    assert set(held.digests) == set(SLOTS)
+    assert set(more.digests) == {*SLOTS, (0, 2)}
+    assert set(less.digests) == {(0, 2), (0, 3)}
+    assert {layer: set(experts) for layer, experts in less.layers.items()} == {0: {2, 3}}
+    assert less.layers[0][3] is held.layers[0][3]
+    with pytest.raises(UnknownExpertError, match="layer 1 is not held here"):
+        less.check_slots(1, (1,))

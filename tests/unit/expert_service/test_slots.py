@@ -3,10 +3,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from expert_service.slots import parse_indices, select_slots
-from services.core.errors import ConfigurationError
+from expert_service.slots import SlotGroup, check_slots, parse_indices, parse_slots, select_slots
+from services.core.errors import ConfigurationError, InvalidRequestError
 from services.core.model_config import ModelConfig
+from services.core.placement import format_slots
+from services.core.registry import Slot
 
 CONFIG = ModelConfig(
     architecture="MixtralForCausalLM",
@@ -47,25 +51,70 @@ def test_what_is_no_index_is_refused_naming_the_setting(text: str) -> None:
 
 
 def test_without_layers_an_expert_is_held_in_every_layer() -> None:
-    assert select_slots(CONFIG, [3, 1], None) == ((0, 1), (0, 3), (1, 1), (1, 3), (2, 1), (2, 3))
+    assert select_slots(CONFIG, [SlotGroup(experts=(3, 1))]) == (
+        (0, 1),
+        (0, 3),
+        (1, 1),
+        (1, 3),
+        (2, 1),
+        (2, 3),
+    )
 
 
 def test_layers_can_be_chosen() -> None:
-    assert select_slots(CONFIG, [0], [1]) == ((1, 0),)
+    assert select_slots(CONFIG, [SlotGroup(experts=(0,), layers=(1,))]) == ((1, 0),)
 
 
 @pytest.mark.parametrize(
     ("experts", "layers", "named"),
-    [([4], None, r"experts: \[4\].*0 to 3"), ([0], [1, 3], r"layers: \[3\].*0 to 2")],
+    [((4,), None, r"experts: \[4\].*0 to 3"), ((0,), (1, 3), r"layers: \[3\].*0 to 2")],
 )
 def test_what_the_model_does_not_have_is_refused(
-    experts: list[int], layers: list[int] | None, named: str
+    experts: tuple[int, ...], layers: tuple[int, ...] | None, named: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=named):
-        select_slots(CONFIG, experts, layers)
+        select_slots(CONFIG, [SlotGroup(experts=experts, layers=layers)])
 
 
 def test_a_dense_model_has_nothing_to_serve() -> None:
     dense = dataclasses.replace(CONFIG, num_local_experts=0)
     with pytest.raises(ConfigurationError, match="dense"):
-        select_slots(dense, [0], None)
+        select_slots(dense, [SlotGroup(experts=(0,))])
+
+
+def test_groups_of_layers_and_experts_are_read() -> None:
+    groups = parse_slots("0-1:0,1; 2:3")
+    assert select_slots(CONFIG, groups) == ((0, 0), (0, 1), (1, 0), (1, 1), (2, 3))
+
+
+def test_a_slot_of_two_groups_is_held_once() -> None:
+    assert select_slots(CONFIG, parse_slots("0:1;0-1:1")) == ((0, 1), (1, 1))
+
+
+@pytest.mark.parametrize("text", ["", "0", "0-1:", ":1", "0:1;", "0:1:2", "a:1", "2-1:0", "0;1"])
+def test_what_is_no_group_is_refused_naming_the_setting(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="slots=") as raised:
+        parse_slots(text)
+    assert raised.value.details["setting"] == "slots"
+
+
+def test_a_huge_group_is_refused_before_it_is_spread_out() -> None:
+    with pytest.raises(ConfigurationError, match="0 to 2"):
+        select_slots(CONFIG, parse_slots("0-1000000:0-3"))
+
+
+@settings(deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1))
+def test_slots_written_as_text_are_read_as_they_were(slots: set[Slot]) -> None:
+    assert select_slots(CONFIG, parse_slots(format_slots(slots))) == tuple(sorted(slots))
+
+
+def test_slots_are_written_briefly() -> None:
+    slots = {(layer, expert) for layer in range(4) for expert in (0, 1)} | {(2, 7)}
+    assert format_slots(slots) == "0-3:0-1;2:7"
+
+
+@pytest.mark.parametrize("slots", [{(3, 0)}, {(0, 0), (1, 4)}, set()])
+def test_slots_that_the_model_lacks_are_named_with_its_range(slots: set[Slot]) -> None:
+    with pytest.raises(InvalidRequestError, match="layers 0 to 2 and experts 0 to 3"):
+        check_slots(CONFIG, slots)

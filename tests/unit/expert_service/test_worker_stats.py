@@ -4,10 +4,15 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 from expert_service.compute import Job, Outcome
+from expert_service.held_experts import HeldExperts
 from expert_service.worker_stats import WorkerStats
 from protos import experts_pb2
 from services.core.expert_ffn import Assignments
 from services.core.wire import RequestFrame
+
+NOTHING_HELD = HeldExperts(
+    layers={}, digests={}, dtype=torch.float32, device=torch.device("cpu"), hidden_size=2
+)
 
 
 def outcome(layer: int, rows: dict[int, int], queue_us: int = 0, compute_us: int = 0) -> Outcome:
@@ -26,7 +31,13 @@ def outcome(layer: int, rows: dict[int, int], queue_us: int = 0, compute_us: int
         traceparent="",
     )
     return Outcome(
-        job=Job(frame=frame, arrived_ns=0, is_wanted=lambda: True, on_done=lambda _: None),
+        job=Job(
+            frame=frame,
+            held=NOTHING_HELD,
+            arrived_ns=0,
+            is_wanted=lambda: True,
+            on_done=lambda _: None,
+        ),
         result=frame.hidden_states,
         queue_us=queue_us,
         compute_us=compute_us,
@@ -59,3 +70,18 @@ def test_the_interval_has_means_of_its_own_frames_only() -> None:
     assert (stats.read_interval().queue_ms, stats.read_interval().compute_ms) == (0.0, 0.0)
     stats.record_computed(outcome(0, {0: 1}, queue_us=500))
     assert stats.read_interval().queue_ms == 0.5
+
+
+def test_computations_loads_and_unloads_are_counted_and_scraped() -> None:
+    registry = CollectorRegistry()
+    stats = WorkerStats(registry)
+    stats.record_busy(250_000)
+    stats.record_busy(500_000)
+    stats.record_loaded(3, 0.5)
+    stats.record_unloaded(2)
+    assert stats.busy_s == 0.75
+    page = generate_latest(registry).decode()
+    assert "expertfleet_worker_busy_seconds_total 0.75" in page
+    assert "expertfleet_worker_slots_loaded_total 3.0" in page
+    assert "expertfleet_worker_slots_unloaded_total 2.0" in page
+    assert "expertfleet_worker_load_seconds_sum 0.5" in page

@@ -22,7 +22,7 @@ from protos import experts_pb2
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
-from router_service.experts import StepContext
+from router_service.experts import NothingLeftError, StepContext, StepIncidents
 from services.core.errors import ExpertUnavailableError, MalformedFrameError, UnavailableError
 from services.core.memory_registry import MemoryRegistry
 from services.core.placement import plan_placement
@@ -37,8 +37,12 @@ from services.core.telemetry import (
     ATTR_TOKENS_PER_EXPERT,
     ATTR_WORKER_ID,
     METRIC_DISPATCH,
+    METRIC_DISPATCH_EJECTIONS,
+    METRIC_DISPATCH_HEDGES,
     METRIC_DISPATCH_RETRIES,
     METRIC_EXPERT_TOKENS,
+    METRIC_EXPERT_WAIT,
+    METRIC_OUTSTANDING_ROWS,
     SPAN_DISPATCH,
     SPAN_LAYER,
 )
@@ -201,6 +205,181 @@ async def test_the_only_worker_of_an_expert_is_tried_again(fault: Fault) -> None
         workers[0].faults.extend([fault] * 3)
         await check_call(experts, workers[0], num_tokens=30)
         assert not workers[0].faults
+
+
+async def warm_up(experts: RemoteExperts, worker: FakeWorker) -> None:
+    """Calls until the pace of every worker is known, and with it their deadlines."""
+    for _ in range(40):
+        await check_call(experts, worker, num_tokens=30)
+
+
+async def timed_call(experts: RemoteExperts, worker: FakeWorker) -> float:
+    started = time.monotonic()
+    await check_call(experts, worker, num_tokens=30)
+    return time.monotonic() - started
+
+
+async def test_a_frame_past_its_deadline_goes_to_the_other_replica_long_before_the_timeout() -> (
+    None
+):
+    workers = make_workers(2, replicas=2)
+    metrics = CollectorRegistry()
+    async with remote(workers, call_timeout_s=30.0, metrics=metrics) as experts:
+        await warm_up(experts, workers[0])
+        for worker in workers[:2]:
+            worker.faults.append("silent")
+        for _ in range(3):
+            assert await timed_call(experts, workers[0]) < 2.0
+        assert metrics.get_sample_value(METRIC_DISPATCH_HEDGES) in (1, 2)
+        retries = metrics.get_sample_value(METRIC_DISPATCH_RETRIES, {"reason": "late"})
+        assert retries == metrics.get_sample_value(METRIC_DISPATCH_HEDGES)
+
+
+async def test_a_slow_replica_holds_up_no_call_and_its_late_answers_are_accounted() -> None:
+    workers = make_workers(1, replicas=2)
+    metrics = CollectorRegistry()
+    async with remote(workers, call_timeout_s=30.0, metrics=metrics) as experts:
+        await warm_up(experts, workers[0])
+        workers[0].delay_s = 2.0
+        assert max([await timed_call(experts, workers[0]) for _ in range(10)]) < 1.5
+
+        def outstanding() -> float | None:
+            return metrics.get_sample_value(METRIC_OUTSTANDING_ROWS, {"worker": "a0"})
+
+        await eventually(lambda: outstanding() == 0)
+        workers[0].delay_s = 0.0
+        before = len(workers[0].requests)
+
+        async def is_used_again() -> bool:
+            await check_call(experts, workers[0], num_tokens=30)
+            return len(workers[0].requests) > before
+
+        await eventually(is_used_again, timeout_s=20.0)
+
+
+async def test_an_only_worker_that_is_slow_is_waited_for_and_gets_nothing_twice() -> None:
+    workers = make_workers(2)
+    async with remote(workers, call_timeout_s=30.0) as experts:
+        await warm_up(experts, workers[0])
+        workers[0].delay_s = 0.5
+        before = len(workers[0].requests)
+        assert await timed_call(experts, workers[0]) > 0.45
+        assert len(workers[0].requests) == before + 1
+
+
+async def test_an_answer_that_comes_twice_counts_once() -> None:
+    workers = make_workers(2)
+    async with remote(workers) as experts:
+        workers[0].faults.append("twice")
+        await check_call(experts, workers[0], num_tokens=30)
+        await check_call(experts, workers[0], num_tokens=30)
+        assert len(workers[0].requests) == 3
+
+
+async def test_a_worker_with_several_faults_in_a_row_is_left_alone_and_then_used_again() -> None:
+    workers = make_workers(1, replicas=2)
+    metrics = CollectorRegistry()
+    async with remote(workers, metrics=metrics) as experts:
+        workers[0].faults.extend(["internal"] * 3)
+        while workers[0].faults:
+            await check_call(experts, workers[0], num_tokens=30)
+        assert metrics.get_sample_value(METRIC_DISPATCH_EJECTIONS) == 1
+        seen = len(workers[0].requests)
+        for _ in range(10):
+            await check_call(experts, workers[0], num_tokens=30)
+        assert len(workers[0].requests) == seen
+
+        async def is_used_again() -> bool:
+            await check_call(experts, workers[0], num_tokens=30)
+            return len(workers[0].requests) > seen
+
+        await eventually(is_used_again, timeout_s=10.0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+async def test_the_rows_of_a_hot_expert_are_shared_by_its_replicas_bit_for_bit(top_k: int) -> None:
+    workers = make_workers(1, replicas=2, top_k=top_k)
+    async with remote(workers) as experts:
+        experts._chooser._shape.expert_rows = 1.0
+        hidden_states, ids, weights = random_call(workers[0], 300)
+        hot = torch.arange(top_k).expand(300, top_k)
+        ids = torch.where(torch.rand(300, 1) < 0.8, hot, ids)
+        expected = await LocalExperts(workers[0].model, {}).forward(
+            0, hidden_states, ids, weights, CONTEXT
+        )
+        output = await experts.forward(0, hidden_states, ids, weights, CONTEXT)
+        assert torch.equal(output, expected)
+        requests = [request for worker in workers for request in worker.requests]
+        assert len(requests) == 2
+        assert all(0 in request.assignments.expert_ids for request in requests)
+
+
+async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_are_right() -> None:
+    workers = make_workers(2)
+    metrics = CollectorRegistry()
+    async with remote(workers, metrics=metrics) as experts:
+        workers[1].kill()
+        hidden_states, ids, weights = random_call(workers[0], 30)
+        ids[0], ids[1] = torch.tensor([0, 1]), torch.tensor([0, 2])
+        expected = await LocalExperts(workers[0].model, {}).forward(
+            1, hidden_states, ids, weights, CONTEXT
+        )
+        incidents = StepIncidents()
+        started = time.monotonic()
+        output = await experts.forward(
+            1, hidden_states, ids, weights, StepContext(incidents=incidents)
+        )
+        assert time.monotonic() - started < 1.0
+        lacks = (ids >= 2).any(1)
+        assert torch.equal(output[~lacks], expected[~lacks])
+        (missing,) = incidents.missing
+        assert missing.layer == 1
+        assert set(missing.experts) <= {2, 3}
+        assert missing.rows.tolist() == lacks.nonzero()[:, 0].tolist()
+        assert incidents.missing_of(0, 1) is None
+        assert incidents.missing_of(1, 2) == missing
+        waited = metrics.get_sample_value(METRIC_EXPERT_WAIT)
+        assert waited is not None
+        assert 0 < waited < 1.0
+        # The grace is the outage's, not the call's: the next call does not wait.
+        started = time.monotonic()
+        with pytest.raises(NothingLeftError):
+            await experts.forward(
+                0,
+                hidden_states[1:2],
+                ids[1:2],
+                weights[1:2],
+                StepContext(incidents=StepIncidents()),
+            )
+        assert time.monotonic() - started < 0.2
+        assert not experts.is_available([(0, 2)])
+        changes: list[bool] = []
+        experts.on_change(lambda: changes.append(experts.is_available([(0, 2)])))
+        workers[1].is_up = True
+        await eventually(lambda: True in changes)
+
+
+async def test_rows_that_a_hung_only_worker_keeps_are_left_behind_until_it_answers() -> None:
+    workers = make_workers(2)
+    async with remote(workers, call_timeout_s=30.0) as experts:
+        await warm_up(experts, workers[0])
+        workers[1].delay_s = 4.0
+        call = random_call(workers[0], 30)
+        incidents = StepIncidents()
+        started = time.monotonic()
+        await experts.forward(1, *call, StepContext(incidents=incidents))
+        assert time.monotonic() - started < 3.0
+        lacks = (call[1] >= 2).any(1)
+        assert incidents.missing[0].rows.tolist() == lacks.nonzero()[:, 0].tolist()
+        assert not experts.is_available([(0, 3)])
+        sent = len(workers[1].requests)
+        incidents = StepIncidents()
+        await experts.forward(0, *call, StepContext(incidents=incidents))
+        assert incidents.missing
+        workers[1].delay_s = 0.0
+        await eventually(lambda: experts.is_available([(0, 3)]), timeout_s=10.0)
+        assert len(workers[1].requests) == sent + 1
+        await check_call(experts, workers[0], num_tokens=30)
 
 
 async def test_a_call_waits_for_a_killed_worker_to_come_back() -> None:

@@ -16,12 +16,12 @@ from router_service.experts import StepContext
 from router_service.model.batch import ForwardBatch
 from services.core.errors import (
     ContextLengthError,
-    DrainingError,
     ExpertfleetError,
     ExpertUnavailableError,
     InvalidRequestError,
     NonFiniteError,
     OverloadedError,
+    ShardLostError,
     UnavailableError,
 )
 from services.core.generation import GenerateRequest, TokenLogprob
@@ -475,7 +475,7 @@ async def test_stopping_lets_running_requests_finish_and_refuses_new_ones() -> N
     await asyncio.to_thread(gate.reached.wait, 5)
     stopping = asyncio.ensure_future(engine.stop(timeout_s=5))
     await asyncio.sleep(0)
-    with pytest.raises(DrainingError):
+    with pytest.raises(ShardLostError):
         await anext(engine.generate(fake_request([1], 5)))
     gate.open()
     assert (await running).token_ids == greedy_tokens([42], 5)
@@ -493,7 +493,7 @@ async def test_stopping_fails_what_does_not_finish_in_time() -> None:
     await asyncio.to_thread(gate.reached.wait, 5)
     await engine.stop(timeout_s=0.05)
     failures = await asyncio.gather(*requests, return_exceptions=True)
-    assert [type(failure) for failure in failures] == [UnavailableError] * 3
+    assert [type(failure) for failure in failures] == [ShardLostError] * 3
     assert engine.stats().kv_blocks_used == 0
 
 

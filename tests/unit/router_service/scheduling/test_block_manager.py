@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -171,6 +172,18 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.blocks.hold([block])
         self.tables.append([block])
 
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        """One sequence holds what two held."""
+        index = data.draw(st.integers(1, len(self.tables) - 1))
+        self.tables[0] += self.tables.pop(index)
+
+    @precondition(lambda self: self.names)
+    @rule(data=st.data())
+    def touch(self, data: st.DataObject) -> None:
+        self.blocks.touch(data.draw(st.lists(st.sampled_from(sorted(self.names)), unique=True)))
+
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -190,5 +203,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for block, name in self.names.items():
             assert self.blocks.match([name]) == [block]
 
+    def teardown(self) -> None:
+        """Nothing has leaked and nothing is there twice: every block can be had, once."""
+        for table in self.tables:
+            self.blocks.release(table)
+        assert self.blocks.num_free == 6
+        assert sorted(self.blocks.allocate() for _ in range(6)) == list(range(6))
+        assert self.blocks.num_free == 0
+
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
+TestBlockManagerMachine.settings = settings(max_examples=60, deadline=None)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from router_service.scheduling.block_hash import root_hash
+from router_service.scheduling.rank import LEVEL_S
 from router_service.scheduling.scheduler import Scheduler
 from router_service.scheduling.sequence import Sequence, SequenceStatus
 from router_service.scheduling.step_plan import ScheduledStep, SchedulerConfig
@@ -12,12 +15,13 @@ from services.core.generation import SamplingParams
 BLOCK = 4
 
 
-def _scheduler(num_blocks: int = 64, **options: int) -> Scheduler:
+def _scheduler(num_blocks: int = 64, **options: Any) -> Scheduler:
     values = {"max_model_len": 1000, "max_num_batched_tokens": 16} | options
     return Scheduler(SchedulerConfig(block_size=BLOCK, num_blocks=num_blocks, **values))
 
 
-def _sequence(order: int, prompt: range | list[int], max_tokens: int = 8) -> Sequence:
+def _sequence(order: int, prompt: range | list[int], max_tokens: int = 8, **place: Any) -> Sequence:
+    """`place`: `priority`, `arrived_at` and `is_resumed`."""
     return Sequence(
         order=order,
         index=0,
@@ -25,6 +29,7 @@ def _sequence(order: int, prompt: range | list[int], max_tokens: int = 8) -> Seq
         sampling=SamplingParams(max_tokens=max_tokens),
         seed=0,
         root=root_hash(tenant="t", model_fingerprint=b"f", block_size=BLOCK),
+        **place,
     )
 
 
@@ -254,6 +259,107 @@ def test_past_the_waiting_limit_requests_are_refused_until_some_are_admitted() -
     scheduler.check_admission(2)
     _run_step(scheduler)
     scheduler.check_admission(1000)
+
+
+def _admitted_order(scheduler: Scheduler) -> list[int]:
+    """The orders of all that waits, as it is admitted, one a step."""
+    order: list[int] = []
+    while scheduler.num_waiting:
+        step = _run_step(scheduler)
+        order += [sequence.order for sequence in step.admitted]
+        for entry in step.entries:
+            if entry.samples:
+                scheduler.finish(entry.sequence)
+    return order
+
+
+def test_the_more_urgent_are_admitted_first_and_equals_in_order_of_arrival() -> None:
+    scheduler = _scheduler(max_num_seqs=1)
+    for order, priority in enumerate([0, 2, -1, 0, -1]):
+        scheduler.add(_sequence(order, [order], priority=priority, arrived_at=order * 0.1))
+    assert _admitted_order(scheduler) == [2, 4, 0, 3, 1]
+
+
+def test_a_request_that_has_waited_long_is_not_overtaken_any_more() -> None:
+    scheduler = _scheduler(max_num_seqs=1)
+    scheduler.add(_sequence(0, [0], priority=2, arrived_at=0))
+    for order in range(1, 10):
+        scheduler.add(_sequence(order, [order], priority=0, arrived_at=order * 2 * LEVEL_S / 4.5))
+    assert _admitted_order(scheduler) == [1, 2, 3, 4, 0, 5, 6, 7, 8, 9]
+
+
+def test_a_resumed_request_goes_before_new_ones_of_its_priority_only() -> None:
+    scheduler = _scheduler(max_num_seqs=1)
+    scheduler.add(_sequence(0, [0], arrived_at=0))
+    scheduler.add(_sequence(1, [1], priority=-2, arrived_at=1))
+    scheduler.add(_sequence(2, [2], arrived_at=2, is_resumed=True))
+    assert _admitted_order(scheduler) == [1, 2, 0]
+
+
+def test_an_urgent_prompt_does_not_wait_for_the_end_of_a_long_one() -> None:
+    scheduler = _scheduler()
+    scheduler.add(_sequence(0, range(100)))
+    assert _chunks(_run_step(scheduler)) == [(0, 16)]
+    scheduler.add(_sequence(1, range(200, 210), priority=-1))
+    scheduler.add(_sequence(2, range(300, 310)))
+    assert _chunks(_run_step(scheduler)) == [(1, 10), (0, 6)]
+    assert _chunks(_run_step(scheduler)) == [(1, 1), (0, 15)]
+
+
+def test_an_urgent_prompt_takes_nothing_from_streams_that_run() -> None:
+    scheduler = _scheduler(max_num_seqs=2, max_num_batched_tokens=4)
+    for order in range(2):
+        scheduler.add(_sequence(order, [order], priority=8))
+    _run_step(scheduler)
+    scheduler.add(_sequence(2, range(50, 60), priority=-8))
+    assert [_chunks(_run_step(scheduler)) for _ in range(3)] == [[(0, 1), (1, 1)]] * 3
+
+
+def test_the_least_urgent_is_evicted_and_of_these_the_youngest() -> None:
+    scheduler = _scheduler(num_blocks=6)
+    for order, priority in enumerate([1, 1, 0]):
+        scheduler.add(
+            _sequence(order, range(50 * order, 50 * order + 3), priority=priority, max_tokens=21)
+        )
+    evicted: list[int] = []
+    for _ in range(20):
+        evicted += [sequence.order for sequence in _run_step(scheduler).preempted]
+    assert evicted == [1, 0]
+
+
+def test_decodes_that_come_back_beside_others_stay_within_the_budget() -> None:
+    scheduler = _scheduler(max_num_seqs=4, max_num_batched_tokens=2)
+    sequences = [_sequence(order, [order]) for order in range(5)]
+    for pair in (sequences[:2], sequences[2:4]):
+        for sequence in pair:
+            scheduler.add(sequence)
+        _run_step(scheduler)
+        for sequence in pair:
+            scheduler.park(sequence)
+    scheduler.add(sequences[4])
+    for sequence in sequences:
+        scheduler.unpark(sequence)
+    assert [_chunks(_run_step(scheduler)) for _ in range(2)] == [[(0, 1), (1, 1)]] * 2
+    scheduler.finish(sequences[0])
+    scheduler.finish(sequences[1])
+    assert _chunks(_run_step(scheduler)) == [(2, 1), (3, 1)]
+
+
+def test_only_what_is_more_urgent_counts_for_the_predicted_wait() -> None:
+    scheduler = _scheduler(max_num_seqs=1, max_ttft_s=10.0)
+    scheduler.add(_sequence(0, [0], max_tokens=100))
+    for order in range(1, 4):
+        scheduler.add(_sequence(order, [order] * 40, priority=1))
+    for now in range(6):
+        step = ScheduledStep(entries=(), num_moved_tokens=10)
+        scheduler.observe_step(step, started_at=now, ended_at=now + 1)
+    assert scheduler.queue_tokens_per_s == pytest.approx(10, rel=0.1)
+    scheduler.check_admission(1000, now=6.0, priority=0)
+    with pytest.raises(OverloadedError, match=r"12[01] prompt tokens are before it") as caught:
+        scheduler.check_admission(1, now=6.0, priority=1)
+    assert caught.value.details["retry_after_s"] == pytest.approx(2.0, abs=1.2)
+    with pytest.raises(OverloadedError):
+        scheduler.check_admission(1, now=6.0 + LEVEL_S, priority=0)
 
 
 @pytest.mark.parametrize("state", ["held", "waiting", "running"])

@@ -69,3 +69,12 @@ def test_rates_follow_what_was_measured_lately() -> None:
     rate = policy.prefill_tokens_per_s
     assert rate is not None
     assert 950 < rate <= 1000
+
+
+def test_the_store_is_waited_for_about_as_long_as_computing_takes() -> None:
+    policy = _policy()
+    assert policy.patience_s(1000) == 1.0, "nothing is known yet"
+    policy.observe_prefill(1600, 1.0)
+    assert policy.patience_s(1) == 0.25
+    assert policy.patience_s(50) == 0.5
+    assert policy.patience_s(1000) == 1.0

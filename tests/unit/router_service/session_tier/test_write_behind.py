@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from router_service.session_tier.write_behind import SessionWrite, WriteBehind
+from router_service.session_tier.write_behind import CheckpointWrite, SessionWrite, WriteBehind
 from services.sessions.store import SessionRef, StoredBlock
+from tests.support.eventually import eventually
 from tests.support.fake_decoder import fake_layout
 from tests.support.flaky_store import FlakyStore
 
@@ -107,3 +108,88 @@ async def test_draining_gives_up_after_its_time() -> None:
     writer.enqueue(_write(ALICE, 1))
     async with _writing(writer):
         assert not await writer.drain(0.05)
+
+
+def _checkpoint(*numbers: int, forgotten: tuple[int, ...] = ()) -> CheckpointWrite:
+    return CheckpointWrite(
+        ttl_s=60.0,
+        blocks=tuple(
+            StoredBlock(hash=bytes([number]) * 16, payload=bytes(LAYOUT.payload_bytes))
+            for number in numbers
+        ),
+        forgotten_hashes=tuple(bytes([number]) * 16 for number in forgotten),
+    )
+
+
+def _stored(store: FlakyStore) -> set[int]:
+    return {block_hash[0] for block_hash in store.inner.values}
+
+
+async def test_checkpoints_are_put_after_all_that_sessions_wait_for() -> None:
+    store = FlakyStore(LAYOUT)
+    writer = WriteBehind(store, max_bytes=1 << 20)
+    writer.enqueue_checkpoint(_checkpoint(1))
+    writer.enqueue(_write(ALICE, 2))
+    store.delay_s = 0.05
+    async with _writing(writer):
+        await eventually(lambda: bool(store.puts))
+        assert store.checkpoints == []
+        assert await writer.drain(5)
+    assert _stored(store) == {1, 2}
+    assert writer.num_stored == 2
+
+
+async def test_checkpoints_make_way_for_sessions_when_the_queue_is_full() -> None:
+    store = FlakyStore(LAYOUT)
+    writer = WriteBehind(store, max_bytes=_write(ALICE, 1).num_bytes * 3)
+    assert writer.takes_checkpoints
+    for number in (1, 2):
+        writer.enqueue_checkpoint(_checkpoint(number))
+    assert not writer.takes_checkpoints
+    assert all(writer.enqueue(_write(ALICE, number)) for number in (3, 4, 5))
+    assert not writer.enqueue(_write(ALICE, 6))
+    assert writer.num_dropped == 3
+    async with _writing(writer):
+        assert await writer.drain(5)
+    assert _stored(store) == {3, 4, 5}
+    assert writer.queued_bytes == 0
+
+
+async def test_what_is_forgotten_before_it_was_put_is_never_put() -> None:
+    store = FlakyStore(LAYOUT)
+    writer = WriteBehind(store, max_bytes=1 << 20)
+    for write in (_checkpoint(1, 2, 3), _checkpoint(forgotten=(1, 2)), _checkpoint(2)):
+        writer.enqueue_checkpoint(write)
+    async with _writing(writer):
+        assert await writer.drain(5)
+        assert _stored(store) == {2, 3}
+        assert [len(hashes) for hashes in store.checkpoints] == [2]
+        writer.enqueue_checkpoint(_checkpoint(forgotten=(2, 3)))
+        assert await writer.drain(5)
+    assert _stored(store) == set()
+
+
+async def test_checkpoints_are_gathered_for_a_while_and_then_put_without_a_push() -> None:
+    store = FlakyStore(LAYOUT)
+    writer = WriteBehind(store, max_bytes=1 << 20)
+    async with _writing(writer):
+        writer.enqueue_checkpoint(_checkpoint(1))
+        await eventually(lambda: _stored(store) == {1})
+        for number in (2, 3, 4):
+            writer.enqueue_checkpoint(_checkpoint(number))
+            await asyncio.sleep(0)
+        await eventually(lambda: _stored(store) == {1, 2, 3, 4})
+    assert [len(hashes) for hashes in store.checkpoints] == [1, 3]
+
+
+async def test_a_store_that_fails_loses_checkpoints_and_nothing_else() -> None:
+    store = FlakyStore(LAYOUT)
+    store.is_down = True
+    writer = WriteBehind(store, max_bytes=1 << 20)
+    async with _writing(writer):
+        writer.enqueue_checkpoint(_checkpoint(1, 2))
+        assert await writer.drain(5)
+        store.is_down = False
+        writer.enqueue_checkpoint(_checkpoint(3))
+        assert await writer.drain(5)
+    assert (writer.num_failed, writer.num_stored) == (2, 1)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.autoscale_simulation import SimulatedAutoscaler, SimulatedFleet, even, skewed
+from services.autoscaler.actions import (
+    AddWorker,
+    LoadSlots,
+    Planned,
+    RemoveWorker,
+    UnloadSlots,
+    format_slots,
+)
+from services.autoscaler.options import PolicyOptions
+from services.autoscaler.policy import decide
+from services.autoscaler.state import PolicyState
+from services.autoscaler.view import FleetView, WorkerView
+from services.core.errors import ConfigurationError
+from services.core.registry import Slot
+
+LAYERS, EXPERTS = 4, 8
+NO_SHADOWS = PolicyOptions(shadow_copies=False)
+
+
+def worker(
+    name: str,
+    slots: Iterable[Slot],
+    *,
+    room: int = 0,
+    busy: float = 0.0,
+    rows: Mapping[Slot, float] | None = None,
+    activations: Mapping[Slot, float] | None = None,
+    **changes: Any,
+) -> WorkerView:
+    values: dict[str, Any] = {
+        "worker_id": name,
+        "host": f"host-of-{name}",
+        "device": "cpu",
+        "started_at": 0.0,
+        "is_ready": True,
+        "slots": frozenset(slots),
+        "slot_bytes": 10,
+        "free_bytes": 10 * room,
+        "sampled_s": 2.0,
+        "utilization": busy,
+        "rows": rows or {},
+        "activations": activations or {},
+    }
+    return WorkerView(**values | changes)
+
+
+def view(*workers: WorkerView, **changes: Any) -> FleetView:
+    return FleetView(workers={one.worker_id: one for one in workers}, **changes)
+
+
+def rounds(
+    options: PolicyOptions, seen: FleetView, seconds: int, state: PolicyState | None = None
+) -> tuple[list[Planned], PolicyState]:
+    """All that is planned when nothing planned is ever done, deciding once a second."""
+    state = state or PolicyState()
+    planned: list[Planned] = []
+    for now in range(seconds):
+        some, state = decide(options, state, seen, float(now))
+        planned += some
+    return planned, state
+
+
+def test_prefill_is_judged_by_rows_and_decode_by_activations() -> None:
+    """w0 has one expert with many rows, w1 two with few each: in prefill w0 is hot, in decode the
+    costlier slot of a busier worker is the one activated more often."""
+    w0 = worker("w0", [(0, 0), (0, 1)], busy=0.8, rows={(0, 0): 900.0, (0, 1): 100.0},
+                activations={(0, 0): 100.0, (0, 1): 300.0})  # fmt: skip
+    w1 = worker("w1", [(0, 2), (0, 3)], room=4, busy=0.2, rows={(0, 2): 100.0, (0, 3): 100.0},
+                activations={(0, 2): 100.0, (0, 3): 100.0})  # fmt: skip
+    options = replace(NO_SHADOWS, hot_after_s=0, max_slots_per_action=1)
+    prefill, _ = decide(options, PolicyState(), view(w0, w1, phase="prefill"), 0.0)
+    decode, _ = decide(options, PolicyState(), view(w0, w1, phase="decode"), 0.0)
+    assert _first_load(prefill) == ("w1", (0, 0))
+    assert _first_load(decode) == ("w1", (0, 1))
+
+
+def test_chance_is_not_heat() -> None:
+    """Twice the load, but of a handful of activations."""
+    w0 = worker("w0", [(0, 0)], busy=0.4, activations={(0, 0): 4.0})
+    w1 = worker("w1", [(0, 1)], room=4, busy=0.2, activations={(0, 1): 2.0})
+    assert rounds(NO_SHADOWS, view(w0, w1, phase="decode"), 10)[0] == []
+
+
+def test_workers_that_share_a_device_do_not_spend_its_memory_twice() -> None:
+    slots = [(0, e) for e in range(6)]
+    alone: dict[str, Any] = {"host": "one", "device": "cpu"}
+    seen = view(
+        worker("a", slots[:2], room=3, **alone),
+        worker("b", slots[2:4], room=3, **alone),
+        worker("c", slots[4:], room=3, **alone),
+    )
+    planned, _ = decide(PolicyOptions(protect_after_s=0), PolicyState(), seen, 0.0)
+    assert sum(len(one.action.slots) for one in planned if isinstance(one.action, LoadSlots)) == 3
+
+
+def test_a_shadow_copy_is_put_on_another_host_than_the_first() -> None:
+    seen = view(
+        worker("a", [(0, 0)], host="one"),
+        worker("b", [(0, 1)], room=5, host="one"),
+        worker("c", [(0, 2)], room=5, host="two"),
+    )
+    planned, _ = rounds(PolicyOptions(), seen, 6)
+    loads = {slot: one.action.worker_id for one in planned
+             if isinstance(one.action, LoadSlots) for slot in one.action.slots}  # fmt: skip
+    assert loads[0, 0] == "c" and loads[0, 1] == "c" and loads[0, 2] == "b"
+
+
+def test_a_lost_slot_is_loaded_at_once_in_place_of_a_shadow_copy() -> None:
+    options = PolicyOptions()
+    before = view(worker("a", [(0, 0)]), worker("b", [(0, 1)]), worker("c", [(0, 1), (0, 2)]))
+    _, state = decide(options, PolicyState(), before, 0.0)
+    after = view(worker("b", [(0, 1)]), worker("c", [(0, 1), (0, 2)]))
+    _, state = decide(options, state, after, 1.0)
+    planned, _ = decide(options, state, after, 1.0 + options.restore_after_s)
+    assert [one.action for one in planned] == [
+        UnloadSlots(worker_id="c", slots=((0, 1),)),
+        LoadSlots(worker_id="c", slots=((0, 0),)),
+    ]
+    assert [one.purpose for one in planned] == ["evict", "restore"]
+
+
+def test_leases_that_come_back_within_a_heartbeat_are_no_loss() -> None:
+    both = view(worker("a", [(0, 0)]), worker("b", [(0, 1)], room=5))
+    _, state = decide(NO_SHADOWS, PolicyState(), both, 0.0)
+    planned, state = decide(NO_SHADOWS, state, view(worker("b", [(0, 1)], room=5)), 1.0)
+    assert planned == ()
+    assert decide(NO_SHADOWS, state, both, 2.0)[0] == ()
+
+
+def test_no_ready_worker_and_no_worker_at_all_decide_nothing() -> None:
+    assert decide(NO_SHADOWS, PolicyState(), FleetView(workers={}), 0.0)[0] == ()
+    loading = view(worker("a", [], is_ready=False))
+    assert decide(NO_SHADOWS, PolicyState(), loading, 0.0)[0] == ()
+
+
+def test_a_saturated_fleet_without_memory_asks_for_one_worker_and_waits_for_it() -> None:
+    busy: dict[str, Any] = {"busy": 0.95, "activations": {(0, 0): 100.0}}
+    seen = view(worker("a", [(0, 0)], **busy))
+    planned, _ = rounds(replace(NO_SHADOWS, max_workers=3), seen, 100)
+    assert [one.action for one in planned] == [AddWorker(slots=((0, 0),))]
+    assert rounds(NO_SHADOWS, seen, 100)[0] == []  # the number seen first is the most
+
+
+def test_the_newest_idle_worker_goes_but_not_below_the_minimum() -> None:
+    seen = view(
+        worker("a", [(0, 0), (0, 1)], started_at=1.0),
+        worker("b", [(0, 0), (0, 1)], started_at=2.0),
+        worker("c", [(0, 0), (0, 1)], started_at=3.0),
+    )
+    options = replace(NO_SHADOWS, min_workers=2)
+    planned, state = rounds(options, seen, 40)
+    assert [one.action for one in planned] == [RemoveWorker(worker_id="c")]
+    # Its lease lives on for a moment: it counts as gone already.
+    assert rounds(options, seen, 40, replace(state, scaled_at=None))[0] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cool_ratio": 1.5},
+        {"min_replicas": 0},
+        {"min_replicas": 5},
+        {"min_workers": 3, "max_workers": 2},
+        {"scale_in_utilization": 0.9},
+    ],
+)
+def test_bounds_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"autoscaler: \w+=.* must be"):
+        PolicyOptions(**wrong)
+
+
+def test_slots_are_written_as_layers_and_experts() -> None:
+    assert format_slots(((0, 0), (1, 0), (0, 1), (1, 1), (5, 7))) == "0-1:0-1;5:7"
+
+
+def test_a_hot_expert_has_a_replica_within_five_seconds_and_loses_it_after_the_load() -> None:
+    """70 % of the tokens onto one expert (a simulated fleet)."""
+    fleet = SimulatedFleet()
+    for index in range(4):
+        slots = {(layer, e) for layer in range(LAYERS) for e in (2 * index, 2 * index + 1)}
+        fleet.add(f"w{index}", slots, capacity=len(slots) + 4, host=f"host-{index}")
+    autoscaler = SimulatedAutoscaler(fleet, replace(NO_SHADOWS, idle_after_s=10))
+    shape: dict[str, Any] = {"num_layers": LAYERS, "num_experts": EXPERTS, "rows": 64}
+    calm = even(**shape, steps_per_s=60)
+    hot = skewed(**shape, hot_share=0.7, steps_per_s=60)
+    autoscaler.run(15, calm)
+    assert autoscaler.actions == []
+    busiest_before = 0.0
+    for _ in range(50):
+        fleet.tick(hot)
+        busiest_before = max(busiest_before, *(w.utilization for w in fleet.workers.values()))
+        autoscaler.step()
+    assert all(len(fleet.holders((layer, 0))) >= 2 for layer in range(LAYERS))
+    assert max(w.utilization for w in fleet.workers.values()) < 0.75 * busiest_before
+    autoscaler.run(90, calm)
+    assert [len(w.slots) for w in fleet.workers.values()] == [2 * LAYERS] * 4
+
+
+def _first_load(planned: Iterable[Planned]) -> tuple[str, Slot]:
+    action = next(one.action for one in planned if isinstance(one.action, LoadSlots))
+    return action.worker_id, action.slots[0]
