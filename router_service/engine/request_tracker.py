@@ -61,7 +61,7 @@ class ActiveRequest:
         self.num_local_blocks = 0
         """Leading blocks that were in the prefix cache at arrival; where the store is asked."""
         self.num_stored_blocks = 0
-        """Leading blocks that the session store had before."""
+        """Leading blocks that the session store had before, for sessions: a checkpoint may go."""
 
 
 class RequestTracker:
@@ -158,7 +158,7 @@ class RequestTracker:
                     full = sequence.num_tokens // self._scheduler.config.block_size
                     sequence.num_saved_blocks = min(result.num_stored, full)
         elif self._checkpoints is not None:
-            self._checkpoints.adopt(active.sequences[0], result.num_stored)
+            self._checkpoints.adopt(active.sequences[0], result.num_restorable)
         payloads: dict[int, Payload] = dict(
             enumerate(result.payloads, start=active.num_local_blocks)
         )

@@ -94,7 +94,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_published_blocks = 0
         self.num_saved_blocks: int | None = None
-        """Leading full blocks that the session store has or was given; None: not known yet."""
+        """Leading full blocks that the session store has or was given: for sessions where it has
+        one, else as checkpoints; None: not known yet."""
         self.num_cached_tokens = 0
         self.num_restored_tokens = 0
         self.num_preemptions = 0

@@ -37,12 +37,12 @@ class CheckpointWriter:
         self._num_users: dict[bytes, int] = {}
         self._allowance_s = 0.0
 
-    def adopt(self, sequence: Sequence, num_stored: int) -> None:
-        """The store has the first `num_stored` blocks: another shard's checkpoint of them."""
+    def adopt(self, sequence: Sequence, num_restorable: int) -> None:
+        """The store can give the first `num_restorable` blocks: another shard's checkpoint."""
         if sequence.num_saved_blocks is None:
-            for block_hash in sequence.block_hashes(num_stored, self._block_size):
+            for block_hash in sequence.block_hashes(num_restorable, self._block_size):
                 self._num_users[block_hash] = self._num_users.get(block_hash, 0) + 1
-            sequence.num_saved_blocks = num_stored
+            sequence.num_saved_blocks = num_restorable
 
     def committed(self, sequence: Sequence) -> None:
         """More of the sequence's KV is computed."""

@@ -21,7 +21,7 @@ from router_service.session_tier.write_behind import CheckpointWrite, SessionWri
 from services.core.errors import ExpertfleetError
 from services.core.generation import SessionInfo
 from services.core.settings import CheckpointKV
-from services.sessions.store import BlockLayout, SessionStore
+from services.sessions.store import BlockLayout, SessionStore, StoredPrefix
 
 FETCH_BYTES: Final = 8 << 20
 """Blocks are fetched in pieces of about this size, so that a deadline keeps what came before."""
@@ -43,12 +43,14 @@ class RestoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreResult:
-    """`payloads` continue the local blocks. `num_stored` leading blocks need not be written.
+    """`payloads` continue the local blocks. `num_stored` leading blocks need not be written for a
+    session, `num_restorable` ones not as checkpoints; both 0 when the store gave no answer.
 
     Times are Unix nanoseconds.
     """
 
     num_stored: int
+    num_restorable: int
     payloads: tuple[bytes | memoryview, ...]
     start_ns: int
     end_ns: int
@@ -133,7 +135,9 @@ class SessionTier:
         self._bytes_begun += request.max_blocks * self.block_bytes
         if not self._thread.call_soon(self._start_restore, request, done):
             now = time.time_ns()
-            done(RestoreResult(num_stored=0, payloads=(), start_ns=now, end_ns=now))
+            done(
+                RestoreResult(num_stored=0, num_restorable=0, payloads=(), start_ns=now, end_ns=now)
+            )
 
     def save(self, write: SessionWrite) -> None:
         """Queue blocks for the store; never waits. Payloads must not change afterwards."""
@@ -189,17 +193,19 @@ class SessionTier:
         self, request: RestoreRequest, done: Callable[[RestoreResult], object]
     ) -> None:
         start_ns = time.time_ns()
-        num_stored = 0
+        num_stored = num_restorable = 0
         payloads: list[bytes | memoryview] = []
         try:
             missing = len(request.hashes) - request.num_local
-            num_stored = await self._count(request, self._policy.patience_s(missing))
-            wanted = request.hashes[request.num_local : num_stored][: request.max_blocks]
+            found = await self._count(request, self._policy.patience_s(missing))
+            num_stored, num_restorable = found.num_stored, found.num_restorable
+            wanted = request.hashes[request.num_local : num_restorable][: request.max_blocks]
             decision = self._policy.decide(len(wanted), time.monotonic())
             if decision.fetch:
                 is_whole = await self._fetch(wanted, decision.deadline_s, payloads)
                 if not is_whole:
-                    num_stored = request.num_local + len(payloads)
+                    num_restorable = request.num_local + len(payloads)
+                    num_stored = min(num_stored, num_restorable)
             self._recovered()
         except (ExpertfleetError, OSError, TimeoutError) as error:
             self._failed(error)
@@ -208,13 +214,14 @@ class SessionTier:
             done(
                 RestoreResult(
                     num_stored=num_stored,
+                    num_restorable=num_restorable,
                     payloads=tuple(payloads),
                     start_ns=start_ns,
                     end_ns=time.time_ns(),
                 )
             )
 
-    async def _count(self, request: RestoreRequest, patience_s: float) -> int:
+    async def _count(self, request: RestoreRequest, patience_s: float) -> StoredPrefix:
         async with asyncio.timeout(patience_s):
             return await self._store.count_prefix(request.hashes)
 

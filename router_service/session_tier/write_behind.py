@@ -236,7 +236,7 @@ class WriteBehind:
                 if blocks:
                     await self._store.put_checkpoint(blocks, ttl_s=ttl_s)
                 if forgotten:
-                    await self._store.forget_checkpoint(list(forgotten), ttl_s=ttl_s)
+                    await self._store.forget_checkpoint(list(forgotten))
 
     @contextmanager
     def _counting(self, blocks: list[StoredBlock]) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 Keys, with the first eight hex digits of the model's fingerprint:
 
-- `expertfleet:{fleet}:kv:{fingerprint}:{hash}` a block (see block_codec), with a time to live;
+- `expertfleet:{fleet}:kv:{fingerprint}:{hash}` a session's block (see block_codec), with a time to
+  live; `expertfleet:{fleet}:ckpt:{fingerprint}:{hash}` the same of a checkpoint;
 - `expertfleet:{fleet}:session:{fingerprint}:{digest of tenant and session id}` a hash of what
   `SessionInfo` tells, and the same key with `:blocks` the set of the session's block hashes.
 
@@ -31,7 +32,13 @@ from services.sessions.block_codec import (
     encode_block,
 )
 from services.sessions.guarded_redis import ROUND_TRIP_TIMEOUT_S, Command, GuardedRedis
-from services.sessions.store import BlockLayout, RefusalReason, SessionRef, StoredBlock
+from services.sessions.store import (
+    BlockLayout,
+    RefusalReason,
+    SessionRef,
+    StoredBlock,
+    StoredPrefix,
+)
 
 _BATCH_BYTES = 4 << 20
 _BATCH_COMMANDS = 512
@@ -45,9 +52,9 @@ _Item = TypeVar("_Item")
 class RedisSessionStore:
     """`SessionStore` over one connection pool; used from one event loop.
 
-    A round trip carries at most 4 MiB of blocks or 512 small commands, and is bounded and guarded
-    as `GuardedRedis` says. `clock` gives Unix seconds. Raises `ConfigurationError` on a URL of
-    another kind.
+    A round trip carries at most 4 MiB of blocks (twice that where what is fetched is stored and
+    checkpointed) or 512 small commands, and is bounded and guarded as `GuardedRedis` says. `clock`
+    gives Unix seconds. Raises `ConfigurationError` on a URL of another kind.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class RedisSessionStore:
         self._clock = clock
         fingerprint = layout.model_fingerprint.hex()[:8]
         self._block_prefix = f"expertfleet:{fleet}:kv:{fingerprint}:"
+        self._checkpoint_prefix = f"expertfleet:{fleet}:ckpt:{fingerprint}:"
         self._session_prefix = f"expertfleet:{fleet}:session:{fingerprint}:"
         self._blocks_per_batch = max(1, _BATCH_BYTES // (HEADER_BYTES + layout.payload_bytes))
         self._refusals: Counter[RefusalReason] = Counter()
@@ -96,32 +104,35 @@ class RedisSessionStore:
         for batch in _batches(blocks, self._blocks_per_batch):
             commands: list[Command] = []
             for block in batch:
+                key = self._checkpoint_key(block.hash)
                 value = encode_block(self._layout, block.hash, block.payload)
-                commands.append(("SET", self._block_key(block.hash), value, "NX", "PX", ttl_ms))
+                commands += [("SET", key, value, "NX", "PX", ttl_ms)]
+                commands += [("PEXPIRE", key, ttl_ms, "GT")]
             await self._redis.run(commands)
 
-    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+    async def forget_checkpoint(self, hashes: Sequence[bytes]) -> None:
         for batch in _batches(hashes, _BATCH_COMMANDS):
-            keys = [self._block_key(item) for item in batch]
-            lives_ms = await self._redis.run([("PTTL", key) for key in keys])
-            pairs = zip(keys, lives_ms, strict=True)
-            own = [key for key, life_ms in pairs if 0 <= life_ms <= _milliseconds(ttl_s)]
-            if own:
-                await self._redis.run([("UNLINK", *own)])
+            await self._redis.run([("UNLINK", *map(self._checkpoint_key, batch))])
 
     async def touch(
         self, session: SessionRef, hashes: Sequence[bytes], *, num_tokens: int, ttl_s: float
     ) -> None:
         await self._record(session, hashes, num_tokens=num_tokens, ttl_s=ttl_s)
 
-    async def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        count = 0
+    async def count_prefix(self, hashes: Sequence[bytes]) -> StoredPrefix:
+        num_stored = num_restorable = 0
         for batch in _batches(hashes, _BATCH_COMMANDS):
-            replies = await self._redis.run([("EXISTS", self._block_key(item)) for item in batch])
-            if 0 in replies:
-                return count + replies.index(0)
-            count += len(batch)
-        return count
+            commands: list[Command] = []
+            for item in batch:
+                # A key that is named twice counts twice: 1 is a checkpoint only, 2 and 3 a block.
+                block_key = self._block_key(item)
+                commands.append(("EXISTS", self._checkpoint_key(item), block_key, block_key))
+            for num_found in await self._redis.run(commands):
+                if not num_found:
+                    return StoredPrefix(num_stored=num_stored, num_restorable=num_restorable)
+                num_stored += num_found >= 2 and num_stored == num_restorable
+                num_restorable += 1
+        return StoredPrefix(num_stored=num_stored, num_restorable=num_restorable)
 
     async def fetch(self, hashes: Sequence[bytes]) -> list[memoryview | None]:
         """See `SessionStore.fetch`. A failure after the first batch ends the prefix there."""
@@ -129,13 +140,18 @@ class RedisSessionStore:
         for batch in _batches(hashes, self._blocks_per_batch):
             try:
                 values = await self._redis.run(
-                    [("GET", self._block_key(item)) for item in batch], is_foreign_ok=True
+                    [
+                        ("GET", key(item))
+                        for key in (self._block_key, self._checkpoint_key)
+                        for item in batch
+                    ],
+                    is_foreign_ok=True,
                 )
             except UnavailableError:
                 if not payloads:
                     raise
                 break
-            found = await self._verify(batch, values)
+            found = await self._verify(batch, values[: len(batch)], values[len(batch) :])
             payloads += found
             if len(found) < len(batch):
                 break
@@ -199,7 +215,11 @@ class RedisSessionStore:
             ("SADD", key + ":blocks", *batch) for batch in _batches(hashes, _BATCH_COMMANDS)
         ]
         commands.append(("PEXPIRE", key + ":blocks", ttl_ms))
-        replies = await self._redis.run(commands)
+        replies = await self._redis.run(commands, is_foreign_ok=True)
+        if any(isinstance(reply, ResponseError) for reply in replies):
+            _logger.warning("the index of a session, %s, holds another type: made anew", key)
+            await self._redis.run([("UNLINK", key, key + ":blocks")])
+            replies = await self._redis.run(commands)
         await self._extend_lives(hashes, ttl_ms)
         blocks_live_until = float(replies[1] or 0.0)
         if blocks_live_until < now + ttl_s * (1 - _REFRESH_FRACTION):
@@ -214,32 +234,50 @@ class RedisSessionStore:
                 [("PEXPIRE", self._block_key(item), ttl_ms, "GT") for item in batch]
             )
 
-    async def _verify(self, hashes: Sequence[bytes], values: Sequence[Any]) -> list[memoryview]:
-        """The sound leading payloads; the first refused value is counted and deleted."""
+    async def _verify(
+        self, hashes: Sequence[bytes], values: Sequence[Any], checkpoints: Sequence[Any]
+    ) -> list[memoryview]:
+        """The leading payloads that are sound as a block or as a checkpoint of one; what is refused
+        on the way is counted and deleted."""
         payloads: list[memoryview] = []
-        for block_hash, value in zip(hashes, values, strict=True):
-            if value is None:
-                break
-            try:
-                if isinstance(value, ResponseError):
-                    raise BlockRefusedError("foreign", str(value))
-                payloads.append(decode_block(self._layout, block_hash, value))
-            except BlockRefusedError as error:
-                await self._refuse(block_hash, error)
-                break
+        for block_hash, value, checkpoint in zip(hashes, values, checkpoints, strict=True):
+            key, checkpoint_key = self._block_key(block_hash), self._checkpoint_key(block_hash)
+            payload = await self._decode(block_hash, key, value)
+            if payload is None:
+                payload = await self._decode(block_hash, checkpoint_key, checkpoint)
+                if payload is None:
+                    break
+                if value is not None:
+                    # Sessions count on it. It lives as long as the checkpoint would, or as a
+                    # session that uses it again extends that.
+                    await self._mend(("COPY", checkpoint_key, key))
+            payloads.append(payload)
         return payloads
 
-    async def _refuse(self, block_hash: bytes, error: BlockRefusedError) -> None:
-        self._refusals[error.reason] += 1
-        key = self._block_key(block_hash)
-        _logger.warning("refused stored block %s as %s: %s", key, error.reason, error)
+    async def _decode(self, block_hash: bytes, key: str, value: Any) -> memoryview | None:
+        if value is None:
+            return None
         try:
-            await self._redis.run([("UNLINK", key)])
+            if isinstance(value, ResponseError):
+                raise BlockRefusedError("foreign", str(value))
+            return decode_block(self._layout, block_hash, value)
+        except BlockRefusedError as error:
+            self._refusals[error.reason] += 1
+            _logger.warning("refused stored block %s as %s: %s", key, error.reason, error)
+            await self._mend(("UNLINK", key))
+            return None
+
+    async def _mend(self, command: Command) -> None:
+        try:
+            await self._redis.run([command])
         except UnavailableError:
-            _logger.debug("refused block %s could not be deleted", key)
+            _logger.debug("a refused block could not be deleted or replaced: %s", command)
 
     def _block_key(self, block_hash: bytes) -> str:
         return self._block_prefix + block_hash.hex()
+
+    def _checkpoint_key(self, block_hash: bytes) -> str:
+        return self._checkpoint_prefix + block_hash.hex()
 
     def _session_key(self, session: SessionRef) -> str:
         tenant, session_id = session.tenant.encode(), session.session_id.encode()

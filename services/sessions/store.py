@@ -3,6 +3,9 @@
 A block is the KV of `block_size` tokens over all layers. Its hash chains the hashes of the tokens
 before it, salted by tenant, so the same hash means the same bytes and nobody finds another
 tenant's. The store is never needed for correctness: whatever it does not give is recomputed.
+
+Blocks of sessions and checkpoints of running sequences are kept apart, each with a life of its
+own: the same block may be stored as both, and a checkpoint that goes takes nothing from a session.
 """
 
 from __future__ import annotations
@@ -61,6 +64,15 @@ class StoredBlock:
     payload: bytes | memoryview
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPrefix:
+    """Of a prefix: `num_stored` leading blocks are stored for sessions and need not be written for
+    one; `num_restorable` leading ones, never fewer, can be fetched, some from checkpoints."""
+
+    num_stored: int
+    num_restorable: int
+
+
 class SessionStore(Protocol):
     """Keeps blocks by hash, and per session which blocks it used.
 
@@ -95,23 +107,25 @@ class SessionStore(Protocol):
         ...
 
     async def put_checkpoint(self, blocks: Sequence[StoredBlock], *, ttl_s: float) -> None:
-        """Store blocks of no session for `ttl_s`. What is stored already stays as it is."""
+        """Store blocks as checkpoints for `ttl_s`. One that is there stays, and lives at least
+        so long from now."""
         ...
 
-    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
-        """Delete blocks that `put_checkpoint` stored with `ttl_s`.
-
-        Those that a session uses stay; only one that would expire within `ttl_s` anyway may go.
-        """
+    async def forget_checkpoint(self, hashes: Sequence[bytes]) -> None:
+        """Delete checkpoints. Blocks of sessions stay, whatever their hashes."""
         ...
 
-    async def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        """How many leading hashes are stored. A hint: they can be evicted before they are read."""
+    async def count_prefix(self, hashes: Sequence[bytes]) -> StoredPrefix:
+        """What of a prefix is there. A hint: blocks can be evicted before they are read."""
         ...
 
     async def fetch(self, hashes: Sequence[bytes]) -> list[memoryview | None]:
         """Verified payloads (read-only), one entry per hash; all None from the first one that is
-        absent or was refused. Refusals are counted and deleted, never raised."""
+        absent or was refused. Refusals are counted and deleted, never raised.
+
+        A checkpoint stands in for a session's block that is absent, and replaces one that was
+        refused.
+        """
         ...
 
     async def get_session(self, tenant: str, session_id: str) -> SessionInfo | None:
@@ -122,7 +136,7 @@ class SessionStore(Protocol):
         """Delete a session and every block it used. False if there was none.
 
         A block that another session of the tenant used too is gone for both; the other one
-        recomputes it.
+        recomputes it. Checkpoints of requests without a session stay as long as these run.
         """
         ...
 

@@ -1,4 +1,8 @@
-"""`expertfleet restart` on a started product under load, and workers that hang."""
+"""`expertfleet restart` on a started product under load, and workers that hang.
+
+That a restart with the same weights changes no answer is the fault lab's to show
+(`python -m tests.faults rolling-restart`).
+"""
 
 from __future__ import annotations
 
@@ -48,31 +52,15 @@ def test_replicas_multiply_the_workers(restarted: Product) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_all_processes_restart_under_load_without_a_failed_or_changed_answer(
-    restarted: Product,
-) -> None:
-    undisturbed = [_ask(restarted, prompt) for prompt in PROMPTS]
-    workers_before = _pids(restarted, "workers")
-    shards_before = _pids(restarted, "shards")
-    with _load(restarted) as answers:
-        printed = _restart(restarted, "all")
-    assert "done" in printed
-    assert not workers_before & _pids(restarted, "workers")
-    assert not shards_before & _pids(restarted, "shards")
-    assert len(_pids(restarted, "workers")) == 2
-    assert all(len(of_client) >= 2 for of_client in answers)
-    for of_client, expected in zip(answers, undisturbed, strict=True):
-        assert set(of_client) == {expected}
-
-
-@pytest.mark.timeout(300)
 def test_another_models_weights_take_over_under_load_and_never_mix(
     restarted: Product, tmp_path: Path
 ) -> None:
     other = _other_weights(tmp_path / "other")
     before = [_ask(restarted, prompt) for prompt in PROMPTS]
+    pids_before = _pids(restarted, "workers") | _pids(restarted, "shards")
     with _load(restarted) as answers:
-        _restart(restarted, "all", "--model", str(other))
+        assert "done" in _restart(restarted, "all", "--model", str(other))
+    assert not pids_before & (_pids(restarted, "workers") | _pids(restarted, "shards"))
     after = [_ask(restarted, prompt) for prompt in PROMPTS]
     assert all(old != new for old, new in zip(before, after, strict=True))
     for of_client, old, new in zip(answers, before, after, strict=True):

@@ -49,8 +49,8 @@ class RedisHarness:
         self.store = RedisSessionStore(url, fleet=self.fleet, layout=LAYOUT)
         self.client = Redis.from_url(url)
 
-    def key(self, block_hash: bytes) -> str:
-        return f"expertfleet:{self.fleet}:kv:00010203:{block_hash.hex()}"
+    def key(self, block_hash: bytes, kind: str = "kv") -> str:
+        return f"expertfleet:{self.fleet}:{kind}:00010203:{block_hash.hex()}"
 
     async def read(self, block_hash: bytes) -> bytes | None:
         value = await self.client.get(self.key(block_hash))
@@ -59,6 +59,9 @@ class RedisHarness:
 
     async def write(self, block_hash: bytes, value: bytes) -> None:
         await self.client.set(self.key(block_hash), value, keepttl=True)
+
+    async def write_checkpoint(self, block_hash: bytes, value: bytes) -> None:
+        await self.client.set(self.key(block_hash, "ckpt"), value, keepttl=True)
 
     async def close(self) -> None:
         await self.store.close()
@@ -82,9 +85,13 @@ async def test_every_key_is_of_the_fleet_and_has_a_time_to_live(
     redis_harness: RedisHarness,
 ) -> None:
     harness = redis_harness
-    await harness.store.put(ALICE, random_blocks(3), num_tokens=12, ttl_s=60)
+    blocks = random_blocks(3)
+    await harness.store.put(ALICE, blocks, num_tokens=12, ttl_s=60)
+    await harness.store.put_checkpoint(blocks[1:], ttl_s=60)
+    await harness.write(blocks[2].hash, b"torn")
+    await harness.store.fetch(hashes_of(blocks))
     keys = await harness.client.keys(f"expertfleet:{harness.fleet}:*")
-    assert len(keys) == 5
+    assert len(keys) == 3 + 2 + 2, "blocks, checkpoints, the session and its index"
     for key in keys:
         assert 55_000 < await harness.client.pttl(key) <= 60_000
 
@@ -96,7 +103,7 @@ async def test_shards_of_a_fleet_share_and_fleets_do_not(server: StoreServer) ->
     blocks = random_blocks(2)
     await one.put(ALICE, blocks, num_tokens=8, ttl_s=60)
     assert as_bytes(await same.fetch(hashes_of(blocks))) == payloads_of(blocks)
-    assert await other.count_prefix(hashes_of(blocks)) == 0
+    assert (await other.count_prefix(hashes_of(blocks))).num_restorable == 0
     assert await other.get_session("alice", "s1") is None
     for store in (one, same, other):
         await store.close()
@@ -125,6 +132,45 @@ async def test_a_key_that_holds_another_type_is_refused(redis_harness: RedisHarn
     assert as_bytes(found) == [first.payload, None]
     assert harness.store.refusals() == {"foreign": 1}
     assert not await harness.client.exists(harness.key(second.hash))
+
+
+@pytest.mark.parametrize("kind", ["kv", "ckpt"])
+async def test_a_key_of_another_type_gives_way_to_the_sound_one(
+    redis_harness: RedisHarness, kind: str
+) -> None:
+    harness = redis_harness
+    (block,) = random_blocks(1)
+    key = harness.key(block.hash, kind)
+    await harness.store.put(ALICE, [block], num_tokens=4, ttl_s=60)
+    await harness.store.put_checkpoint([block], ttl_s=60)
+    await harness.client.delete(key)
+    await harness.client.rpush(key, "no", "block")
+    assert as_bytes(await harness.store.fetch([block.hash])) == [block.payload]
+    if kind == "kv":
+        assert await harness.client.type(key) == b"string"
+        assert 0 < await harness.client.pttl(key) <= 60_000
+
+
+@pytest.mark.parametrize("suffix", ["", ":blocks"])
+async def test_garbage_over_a_sessions_index_gives_way_to_the_next_write(
+    redis_harness: RedisHarness, suffix: str
+) -> None:
+    harness = redis_harness
+    first, second = random_blocks(2)
+    await harness.store.put(ALICE, [first], num_tokens=4, ttl_s=60)
+    pattern = f"expertfleet:{harness.fleet}:session:*"
+    (index,) = await harness.client.keys(pattern + ":blocks")
+    assert isinstance(index, bytes)
+    key = index.decode().removesuffix(":blocks") + suffix
+    await harness.client.delete(key)
+    await harness.client.rpush(key, "no", "session")
+    await harness.store.put(ALICE, [second], num_tokens=8, ttl_s=60)
+    info = await harness.store.get_session("alice", "s1")
+    assert info is not None
+    assert (info.num_tokens, info.num_blocks) == (8, 1)
+    assert as_bytes(await harness.store.fetch([second.hash])) == [second.payload]
+    for found in await harness.client.keys(pattern):
+        assert 0 < await harness.client.pttl(found) <= 60_000
 
 
 async def test_blocks_of_real_size_come_back_in_many_batches(server: StoreServer) -> None:
@@ -198,7 +244,7 @@ async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(tmp_path: Pa
     second = start_server(tmp_path, port=first.port)
     try:
         for _ in range(4):
-            assert await store.count_prefix(hashes_of(blocks)) == 0
+            assert (await store.count_prefix(hashes_of(blocks))).num_restorable == 0
     finally:
         await store.close()
         second.stop()

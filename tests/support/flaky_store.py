@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from services.core.errors import UnavailableError
 from services.core.generation import SessionInfo
 from services.sessions.memory_store import MemorySessionStore
-from services.sessions.store import BlockLayout, RefusalReason, SessionRef, StoredBlock
+from services.sessions.store import (
+    BlockLayout,
+    RefusalReason,
+    SessionRef,
+    StoredBlock,
+    StoredPrefix,
+)
 
 
 class FlakyStore:
@@ -51,11 +57,11 @@ class FlakyStore:
         self.checkpoints.append([block.hash for block in blocks])
         await self.inner.put_checkpoint(blocks, ttl_s=ttl_s)
 
-    async def forget_checkpoint(self, hashes: Sequence[bytes], *, ttl_s: float) -> None:
+    async def forget_checkpoint(self, hashes: Sequence[bytes]) -> None:
         await self._answer()
-        await self.inner.forget_checkpoint(hashes, ttl_s=ttl_s)
+        await self.inner.forget_checkpoint(hashes)
 
-    async def count_prefix(self, hashes: Sequence[bytes]) -> int:
+    async def count_prefix(self, hashes: Sequence[bytes]) -> StoredPrefix:
         self.num_counts += 1
         await self._answer()
         return await self.inner.count_prefix(hashes)

@@ -41,7 +41,11 @@ class StoreHarness(Protocol):
     async def read(self, block_hash: bytes) -> bytes | None: ...
 
     async def write(self, block_hash: bytes, value: bytes) -> None:
-        """Replace what is kept under a hash, as somebody else might."""
+        """Replace what is kept of a session's block, as somebody else might."""
+        ...
+
+    async def write_checkpoint(self, block_hash: bytes, value: bytes) -> None:
+        """The same of a checkpoint."""
         ...
 
 
@@ -82,44 +86,119 @@ class SessionStoreContract:
         blocks = random_blocks(5)
         await store.put_checkpoint(blocks, ttl_s=60)
         assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
-        await store.forget_checkpoint(hashes_of(blocks[3:]), ttl_s=60)
-        assert await store.count_prefix(hashes_of(blocks)) == 3
-        await store.forget_checkpoint([*hashes_of(blocks), os.urandom(16)], ttl_s=60)
-        assert await store.count_prefix(hashes_of(blocks)) == 0
+        assert await count(store, blocks) == (0, 5)
+        await store.forget_checkpoint(hashes_of(blocks[3:]))
+        assert await count(store, blocks) == (0, 3)
+        await store.forget_checkpoint([*hashes_of(blocks), os.urandom(16)])
+        assert await count(store, blocks) == (0, 0)
 
-    async def test_what_a_session_uses_outlives_the_checkpoint(self, store: SessionStore) -> None:
-        before, after, found = random_blocks(3)
-        await store.put(ALICE, [before], num_tokens=4, ttl_s=600)
-        await store.put_checkpoint([before, after, found], ttl_s=60)
-        await store.put(ALICE, [after], num_tokens=8, ttl_s=600)
-        await store.touch(ALICE, [found.hash], num_tokens=12, ttl_s=600)
-        hashes = hashes_of([before, after, found])
-        await store.forget_checkpoint(hashes, ttl_s=60)
-        assert await store.count_prefix(hashes) == 3
+    async def test_a_session_does_not_count_on_a_checkpoint(self, store: SessionStore) -> None:
+        blocks = random_blocks(4)
+        await store.put_checkpoint(blocks[:3], ttl_s=60)
+        await store.put(ALICE, [blocks[0], blocks[2]], num_tokens=16, ttl_s=60)
+        assert await count(store, blocks) == (1, 3)
+        await store.touch(ALICE, hashes_of(blocks[:3]), num_tokens=16, ttl_s=60)
+        assert await count(store, blocks) == (1, 3), "to be touched is not to be stored"
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == [*payloads_of(blocks[:3]), None]
+        info = await store.get_session(ALICE.tenant, ALICE.session_id)
+        assert info is not None
+        assert info.num_blocks == 2
+        await store.put(ALICE, [blocks[1], blocks[3]], num_tokens=16, ttl_s=60)
+        await store.forget_checkpoint(hashes_of(blocks))
+        assert await count(store, blocks) == (4, 4)
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
+
+    @pytest.mark.parametrize("session_ttl_s", [30, 600])
+    async def test_a_session_outlives_a_checkpoint_whatever_its_time_to_live(
+        self, store: SessionStore, session_ttl_s: float
+    ) -> None:
+        before, after = random_blocks(2)
+        await store.put(ALICE, [before], num_tokens=4, ttl_s=session_ttl_s)
+        await store.put_checkpoint([before, after], ttl_s=60)
+        await store.put(ALICE, [after], num_tokens=8, ttl_s=session_ttl_s)
+        await store.forget_checkpoint(hashes_of([before, after]))
+        assert await count(store, [before, after]) == (2, 2)
+        assert as_bytes(await store.fetch(hashes_of([before, after]))) == payloads_of(
+            [before, after]
+        )
+
+    async def test_deleting_a_session_leaves_the_checkpoints_of_others(
+        self, store: SessionStore
+    ) -> None:
+        blocks = random_blocks(2)
+        await store.put(ALICE, blocks, num_tokens=8, ttl_s=60)
+        await store.put_checkpoint(blocks[:1], ttl_s=60)
+        await store.delete_session(ALICE.tenant, ALICE.session_id)
+        assert await count(store, blocks) == (0, 1)
+
+    async def test_a_checkpoint_put_again_lives_on(self, store: SessionStore) -> None:
+        again, once = random_blocks(2)
+        await store.put_checkpoint([again, once], ttl_s=0.3)
+        await store.put_checkpoint([again], ttl_s=60)
+        await store.put_checkpoint([again], ttl_s=0.1)
+        await eventually(lambda: is_gone(store, once), timeout_s=5)
+        assert await count(store, [again]) == (0, 1)
+
+    async def test_a_sound_checkpoint_replaces_the_damaged_block_of_a_session(
+        self, harness: StoreHarness
+    ) -> None:
+        blocks, store = random_blocks(3), harness.store
+        await store.put(ALICE, blocks, num_tokens=12, ttl_s=60)
+        await store.put_checkpoint(blocks, ttl_s=60)
+        await harness.write(blocks[1].hash, b"torn")
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
+        assert sum(store.refusals().values()) == 1
+        assert await count(store, blocks) == (3, 3), "the session counts on it"
+        await store.forget_checkpoint(hashes_of(blocks))
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
+        assert sum(store.refusals().values()) == 1
+
+    async def test_a_damaged_checkpoint_is_refused_counted_and_deleted(
+        self, harness: StoreHarness
+    ) -> None:
+        blocks, store = random_blocks(4), harness.store
+        await store.put_checkpoint(blocks, ttl_s=60)
+        await store.put(ALICE, [blocks[1], blocks[3]], num_tokens=16, ttl_s=60)
+        await harness.write_checkpoint(blocks[1].hash, b"never read: the session's is sound")
+        await harness.write_checkpoint(blocks[2].hash, b"torn")
+        found = await store.fetch(hashes_of(blocks))
+        assert as_bytes(found) == [*payloads_of(blocks[:2]), None, None]
+        assert store.refusals() == {"foreign": 1}
+        assert await count(store, blocks) == (0, 2)
+
+    async def test_what_is_damaged_twice_is_gone(self, harness: StoreHarness) -> None:
+        blocks, store = random_blocks(2), harness.store
+        await store.put(ALICE, blocks, num_tokens=8, ttl_s=60)
+        await store.put_checkpoint(blocks, ttl_s=60)
+        await harness.write(blocks[1].hash, b"torn")
+        await harness.write_checkpoint(blocks[1].hash, b"torn too")
+        assert as_bytes(await store.fetch(hashes_of(blocks))) == [blocks[0].payload, None]
+        assert store.refusals() == {"foreign": 2}
+        assert await count(store, blocks) == (1, 1)
 
     async def test_a_checkpoint_that_nobody_forgets_expires(self, store: SessionStore) -> None:
         blocks = random_blocks(2)
         await store.put_checkpoint(blocks, ttl_s=0.2)
 
         async def is_gone() -> bool:
-            return await store.count_prefix(hashes_of(blocks)) == 0
+            return await count(store, blocks) == (0, 0)
 
         await eventually(is_gone, timeout_s=5)
 
     async def test_the_prefix_ends_at_the_first_gap(self, store: SessionStore) -> None:
         blocks = random_blocks(6)
         await store.put(ALICE, [*blocks[:3], *blocks[4:]], num_tokens=24, ttl_s=60)
-        assert await store.count_prefix(hashes_of(blocks)) == 3
-        assert await store.count_prefix(hashes_of(blocks[3:])) == 0
-        assert await store.count_prefix([]) == 0
+        assert await count(store, blocks) == (3, 3)
+        assert await count(store, blocks[3:]) == (0, 0)
+        assert await count(store, []) == (0, 0)
         found = await store.fetch(hashes_of(blocks))
         assert as_bytes(found) == [*payloads_of(blocks[:3]), None, None, None]
 
     async def test_a_long_prefix_is_found_whole(self, store: SessionStore) -> None:
         blocks = random_blocks(1200)
         await store.put(ALICE, blocks, num_tokens=4800, ttl_s=60)
-        assert await store.count_prefix(hashes_of(blocks)) == 1200
-        assert await store.count_prefix([*hashes_of(blocks[:1100]), os.urandom(16)]) == 1100
+        assert await count(store, blocks) == (1200, 1200)
+        assert await count(store, [*blocks[:1100], *random_blocks(1)]) == (1100, 1100)
         assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
         info = await store.get_session(ALICE.tenant, ALICE.session_id)
         assert info is not None
@@ -161,8 +240,8 @@ class SessionStoreContract:
         assert await store.delete_session("alice", "s1")
         assert await store.get_session("alice", "s1") is None
         for block in mine:
-            assert await store.count_prefix([block.hash]) == 0
-        assert await store.count_prefix(hashes_of(others)) == 2
+            assert await is_gone(store, block)
+        assert await count(store, others) == (2, 2)
         assert not await store.delete_session("alice", "s1")
         assert not await store.delete_session("alice", "unknown")
 
@@ -175,12 +254,12 @@ class SessionStoreContract:
         assert info is not None
         assert (info.num_tokens, info.num_blocks) == (11, 2)
         await store.delete_session("alice", "s2")
-        assert await store.count_prefix(hashes_of(shared)) == 0
+        assert await count(store, shared) == (0, 0)
 
     async def test_a_session_and_its_blocks_end_with_their_time(self, store: SessionStore) -> None:
         blocks = random_blocks(2)
         await store.put(ALICE, blocks, num_tokens=8, ttl_s=0.2)
-        assert await store.count_prefix(hashes_of(blocks)) == 2
+        assert await count(store, blocks) == (2, 2)
         await eventually(lambda: is_gone(store, blocks[0]))
         await eventually(lambda: is_gone(store, blocks[1]))
         assert await store.get_session("alice", "s1") is None
@@ -194,7 +273,7 @@ class SessionStoreContract:
         await store.put(ALICE, shared, num_tokens=4, ttl_s=60)
         await store.put(brief, [*shared, *own], num_tokens=8, ttl_s=0.2)
         await eventually(lambda: is_gone(store, own[0]))
-        assert await store.count_prefix(hashes_of(shared)) == 1
+        assert await count(store, shared) == (1, 1)
 
     async def test_a_session_that_goes_on_keeps_its_early_blocks(self, store: SessionStore) -> None:
         early, late = random_blocks(2), random_blocks(1)
@@ -203,7 +282,7 @@ class SessionStoreContract:
         await store.put(SessionRef(tenant="b", session_id="b"), lone, num_tokens=4, ttl_s=0.3)
         await store.put(ALICE, late, num_tokens=12, ttl_s=60)
         await eventually(lambda: is_gone(store, lone[0]))
-        assert await store.count_prefix(hashes_of([*early, *late])) == 3
+        assert await count(store, [*early, *late]) == (3, 3)
 
     async def test_putting_a_block_again_replaces_a_damaged_value_nobody_read(
         self, harness: StoreHarness
@@ -243,14 +322,20 @@ class SessionStoreContract:
         found = await store.fetch(hashes_of(blocks))
         assert as_bytes(found) == [*payloads_of(blocks[:2]), None, None]
         assert store.refusals() == {reason: 1}
-        assert await store.count_prefix(hashes_of(blocks)) == 2
+        assert await count(store, blocks) == (2, 2)
         await store.put(ALICE, [victim], num_tokens=16, ttl_s=60)
         assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
         assert store.refusals() == {reason: 1}
 
 
+async def count(store: SessionStore, blocks: list[StoredBlock]) -> tuple[int, int]:
+    """Leading blocks that are stored for sessions, and that are restorable."""
+    prefix = await store.count_prefix(hashes_of(blocks))
+    return prefix.num_stored, prefix.num_restorable
+
+
 async def is_gone(store: SessionStore, block: StoredBlock) -> bool:
-    return await store.count_prefix([block.hash]) == 0
+    return await count(store, [block]) == (0, 0)
 
 
 def damaged(value: bytes, damage: str, block_hash: bytes) -> bytes:

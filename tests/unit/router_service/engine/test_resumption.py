@@ -285,12 +285,16 @@ def _slow_decoder() -> FakeDecoder:
     return FakeDecoder(4, before=lambda *_: asyncio.sleep(0.005))
 
 
+def _num_kept(store: FlakyStore) -> int:
+    return len(store.inner.values) + len(store.inner.checkpoint_values)
+
+
 async def _lose(store: FlakyStore, num_tokens: int, **options: Any) -> list[int]:
     """Tokens of a request that its shard, which checkpoints, gave back half-way."""
     emitted: list[int] = []
     async with _shard(store, decoder=_slow_decoder()) as (engine, tier):
         lost = asyncio.ensure_future(_tokens_until_lost(engine, emitted, **options))
-        await eventually(lambda: len(emitted) >= num_tokens and len(store.inner.values) >= 8)
+        await eventually(lambda: len(emitted) >= num_tokens and _num_kept(store) >= 8)
         await tier.flush(5)
         await engine.hand_back()
         await lost
@@ -300,7 +304,7 @@ async def _lose(store: FlakyStore, num_tokens: int, **options: Any) -> list[int]
 async def test_a_request_without_a_session_goes_on_from_its_checkpoint() -> None:
     store = FlakyStore(LAYOUT)
     emitted = await _lose(store, 8)
-    num_stored = len(store.inner.values)
+    num_stored = len(store.inner.checkpoint_values)
     assert num_stored >= 8, "a lost request's checkpoint stays"
     kv_cache = FakeKVCache(64, 4)
     async with _shard(store, kv_cache=kv_cache) as (engine, tier):
@@ -313,7 +317,7 @@ async def test_a_request_without_a_session_goes_on_from_its_checkpoint() -> None
     assert stats.num_restored_tokens == 4 * num_stored
     assert stats.num_recomputed_tokens == len(PROMPT) + len(emitted) - 4 * num_stored
     assert rest.num_restored_tokens == min(len(PROMPT), 4 * num_stored)
-    assert not store.inner.values, "who adopted a checkpoint forgets it at the end"
+    assert not store.inner.checkpoint_values, "who adopted a checkpoint forgets it at the end"
 
 
 async def test_checkpoints_are_forgotten_when_their_request_ends() -> None:
@@ -322,14 +326,14 @@ async def test_checkpoints_are_forgotten_when_their_request_ends() -> None:
         request = fake_request(PROMPT, 40)
         deltas = engine.generate(request)
         await anext(deltas)
-        await eventually(lambda: len(store.inner.values) >= 8)
+        await eventually(lambda: len(store.inner.checkpoint_values) >= 8)
         await deltas.aclose()
         await eventually(lambda: engine.stats().num_running == 0)
         await tier.flush(5)
-        assert not store.inner.values
+        assert not store.inner.checkpoint_values
         await _complete(engine, max_tokens=12)
         await tier.flush(5)
-    assert not store.inner.values
+    assert not store.inner.checkpoint_values
 
 
 async def test_a_shared_prefix_is_checkpointed_once_and_kept_for_the_last_who_needs_it() -> None:
@@ -337,12 +341,12 @@ async def test_a_shared_prefix_is_checkpointed_once_and_kept_for_the_last_who_ne
     async with _shard(store, decoder=_slow_decoder()) as (engine, tier):
         first, second = (engine.generate(fake_request([*PROMPT, i], 100)) for i in range(2))
         await asyncio.gather(anext(first), anext(second))
-        await eventually(lambda: len(store.inner.values) >= 9)
+        await eventually(lambda: len(store.inner.checkpoint_values) >= 9)
         await first.aclose()
         await eventually(lambda: engine.stats().num_running == 1)
         await tier.flush(5)
-        assert len(store.inner.values) >= 7
-        assert store.checkpoints[0][0] in store.inner.values
+        assert len(store.inner.checkpoint_values) >= 7
+        assert store.checkpoints[0][0] in store.inner.checkpoint_values
         written = [block for hashes in store.checkpoints for block in hashes]
         assert len(written) == len(set(written))
         await second.aclose()
@@ -371,10 +375,10 @@ async def test_a_faulty_store_changes_no_token_of_a_resumed_request(fault: str) 
     store.is_down = fault == "down"
     store.delay_s = 2.0 if fault == "slow" else 0.0
     if fault == "tampered":
-        for block_hash, value in store.inner.values.items():
-            store.inner.values[block_hash] = value[:-1] + bytes([value[-1] ^ 1])
+        for block_hash, value in store.inner.checkpoint_values.items():
+            store.inner.checkpoint_values[block_hash] = value[:-1] + bytes([value[-1] ^ 1])
     if fault == "empty":
-        store.inner.values.clear()
+        store.inner.checkpoint_values.clear()
     async with _shard(store) as (engine, _):
         resumed = (ResumedChoice(token_ids=tuple(emitted)),)
         async with asyncio.timeout(5):
@@ -382,6 +386,44 @@ async def test_a_faulty_store_changes_no_token_of_a_resumed_request(fault: str) 
         store.delay_s = 0.0
     assert emitted + rest.token_ids == greedy_tokens(PROMPT, 60)
     assert rest.num_restored_tokens == 0
+
+
+@pytest.mark.parametrize("session_ttl_s", [10.0, 500.0], ids=["shorter", "longer"])
+async def test_a_session_outlives_the_checkpoint_of_a_request_with_the_same_prompt(
+    session_ttl_s: float,
+) -> None:
+    """Its time to live may be shorter than that of checkpoints, which is 30 s here."""
+    store = FlakyStore(LAYOUT)
+    session: dict[str, Any] = {"session_id": "s", "session_ttl_s": session_ttl_s}
+    async with _shard(store, decoder=_slow_decoder()) as (engine, tier):
+        other = engine.generate(fake_request(PROMPT, 200))
+        await anext(other)
+        await eventually(lambda: len(store.inner.checkpoint_values) >= 7)
+        await _complete(engine, max_tokens=4, **session)
+        await other.aclose()
+        await eventually(lambda: engine.stats().num_running == 0)
+        await tier.flush(5)
+        info = await tier.get_session("default", "s")
+    assert not store.inner.checkpoint_values
+    assert info is not None
+    assert info.num_blocks == (30 + 3) // 4
+    async with _shard(store) as (engine, _):
+        (again,) = await _complete(engine, max_tokens=4, **session)
+    assert again.num_restored_tokens == 28, "all of the prompt's full blocks"
+
+
+async def test_a_session_keeps_what_it_restored_from_a_checkpoint() -> None:
+    store = FlakyStore(LAYOUT)
+    await _lose(store, 8)
+    checkpoints = list(store.inner.checkpoint_values)
+    async with _shard(store) as (engine, tier):
+        (turn,) = await _complete(engine, max_tokens=4, session_id="s")
+        await tier.flush(5)
+    assert turn.num_restored_tokens == 28
+    await store.inner.forget_checkpoint(checkpoints)
+    async with _shard(store) as (engine, _):
+        (again,) = await _complete(engine, max_tokens=4, session_id="s")
+    assert again.num_restored_tokens == 28
 
 
 async def test_a_session_goes_on_on_another_shard_in_the_middle_of_an_answer() -> None:

@@ -102,7 +102,7 @@ def test_a_lost_sequence_leaves_its_checkpoint_behind_and_another_shard_adopts_i
     other = RecordingTier()
     adopter = _writer(other, SlowTransfer())
     sequence = _running(0, 24)
-    adopter.adopt(sequence, num_stored=4)
+    adopter.adopt(sequence, num_restorable=4)
     adopter.committed(sequence)
     adopter.save(1.0)
     assert other.num_blocks == 2

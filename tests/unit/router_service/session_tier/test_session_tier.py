@@ -59,9 +59,23 @@ async def test_what_is_stored_and_not_here_is_fetched() -> None:
     async with _tier(store, num_stored=6) as tier:
         result = await _restore(tier, num_local=2)
     assert [bytes(payload) for payload in result.payloads] == [_payload(i) for i in range(2, 6)]
-    assert result.num_stored == 6
+    assert (result.num_stored, result.num_restorable) == (6, 6)
     assert result.start_ns <= result.end_ns
     assert store.is_closed
+
+
+async def test_checkpoints_are_fetched_but_not_taken_for_what_a_session_has() -> None:
+    store = FlakyStore(LAYOUT)
+    checkpoints = [StoredBlock(hash=HASHES[i], payload=_payload(i)) for i in (3, 4, 5)]
+    await store.inner.put_checkpoint(checkpoints, ttl_s=60.0)
+    async with _tier(store, num_stored=4) as tier:
+        result = await _restore(tier, num_local=2)
+        assert [bytes(payload) for payload in result.payloads] == [_payload(i) for i in range(2, 6)]
+        assert (result.num_stored, result.num_restorable) == (4, 6)
+        store.inner.checkpoint_values[HASHES[4]] = b"torn"
+        result = await _restore(tier, num_local=2)
+        assert len(result.payloads) == 2
+        assert (result.num_stored, result.num_restorable) == (4, 4)
 
 
 async def test_no_more_blocks_are_fetched_than_memory_is_left_for() -> None:

@@ -122,7 +122,8 @@ def _checkpoint(*numbers: int, forgotten: tuple[int, ...] = ()) -> CheckpointWri
 
 
 def _stored(store: FlakyStore) -> set[int]:
-    return {block_hash[0] for block_hash in store.inner.values}
+    inner = store.inner
+    return {block_hash[0] for block_hash in (*inner.values, *inner.checkpoint_values)}
 
 
 async def test_checkpoints_are_put_after_all_that_sessions_wait_for() -> None:
