@@ -7,7 +7,8 @@ PROTOS := protos/experts.proto protos/shards.proto
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check chart-check format protos protos-check demo-model clean \
 	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
-	bench-gpu bench-long-context bench-perplexity bench-plan bench-wide faults soak
+	bench-autoscale bench-gpu bench-hot-expert bench-long-context bench-perplexity bench-plan \
+	bench-wide faults soak
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +82,12 @@ bench-delay: setup ## measure micro-batches in flight with 1 and 5 ms of network
 
 bench-gateway: setup ## measure what gateway and Ray add to a token
 	$(PY) -m benchmarks.gateway $(ARGS)
+
+bench-hot-expert: setup ## throw 70 % of the tokens onto one expert; writes docs/performance/hot-expert.md
+	$(PY) -m benchmarks.hot_expert $(ARGS)
+
+bench-autoscale: setup ## a compressed day with and without the autoscaler, five minutes
+	$(PY) -m benchmarks.autoscale_trace --real $(ARGS)
 
 bench-gpu: setup ## measure this machine's GPU at the widths of 8x7B and 8x22B
 	$(PY) -m benchmarks.gpu $(ARGS)

@@ -1,18 +1,22 @@
-"""A compressed day of demand on a simulated fleet: worker-seconds with the autoscaler and without.
+"""A compressed day of demand: worker-seconds with the autoscaler and without.
 
-    python -m benchmarks.autoscale_trace
+    python -m benchmarks.autoscale_trace            # a simulation, in seconds
+    python -m benchmarks.autoscale_trace --real     # real processes, five minutes
 
-A simulation, labelled as such: the policy is the real one, workers and their times are on paper
-(`benchmarks/autoscale_simulation.py`). The fixed deployment is the smallest whose p99 is no worse.
+The demand is at 0.4 of its peak for 14 hours, rises for 3, stays at the peak for 4 and falls for 3.
+In the simulation, labelled as such, the policy is the real one; workers and their times are on
+paper (`benchmarks/autoscale_simulation.py`) and the fixed deployment is the smallest whose p99 is
+no worse. `--real` is benchmarks/autoscale_real.py and writes docs/performance/autoscale-trace.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from benchmarks.autoscale_real import run_real
 from benchmarks.autoscale_simulation import (
     Costs,
     Demand,
@@ -29,6 +33,7 @@ ROWS_PER_STEP = 64.0
 LOW = 0.4
 SLOTS = [(layer, expert) for expert in range(EXPERTS) for layer in range(LAYERS)]
 MAX_WORKERS = 16
+OUT = Path(__file__).parents[1] / "docs" / "performance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +99,26 @@ def compare(*, period_s: float = 1200.0, num_days: int = 1) -> tuple[Outcome, Ou
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--period-s", type=float, default=1200.0, help="one compressed day")
-    parser.add_argument("--days", type=int, default=1)
+    parser = argparse.ArgumentParser(description="A compressed day of demand.")
+    parser.add_argument("--period-s", type=float, help="one compressed day; 1200, real 100")
+    parser.add_argument("--days", type=int, default=1, help="of the simulation")
+    parser.add_argument("--real", action="store_true", help="real processes on this machine")
+    parser.add_argument("--max-workers", type=int, default=2, help="of the real fleets")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the real run's report")
     given = parser.parse_args(arguments)
-    scaled_outcome, fixed_outcome = compare(period_s=given.period_s, num_days=given.days)
-    print(f"Simulation (no process was measured): demand 1 : {LOW}, period {given.period_s:.0f} s")
+    if given.real:
+        # It begins at noon, so that rise, peak and fall lie in one day.
+        text = run_real(
+            lambda days: share_of_peak(days + 0.5),
+            day_s=given.period_s or 100.0,
+            max_workers=given.max_workers,
+            out=given.out,
+        )
+        print(text)
+        return
+    period_s = given.period_s or 1200.0
+    scaled_outcome, fixed_outcome = compare(period_s=period_s, num_days=given.days)
+    print(f"Simulation (no process was measured): demand 1 : {LOW}, period {period_s:.0f} s")
     print("| fleet | workers | worker-seconds | p99 of the slowest worker's frame, ms |")
     print("|---|---|---|---|")
     for one in (fixed_outcome, scaled_outcome):

@@ -24,14 +24,14 @@ class SlotLoads:
 
     def __init__(self, view: FleetView) -> None:
         self._workers = view.ready
-        self._phase = view.phase
+        self._costs = [worker.costs(view.phase) for worker in view.ready.values()]
         self._of_slot: defaultdict[Slot, dict[str, float]] = defaultdict(dict)
         self._of_layer: defaultdict[int, dict[str, float]] = defaultdict(dict)
         self._counts: defaultdict[int, dict[str, float]] = defaultdict(dict)
         self._seconds_per_cost: dict[str, float] = {}
         self.utilization = {name: worker.utilization for name, worker in self._workers.items()}
-        for worker in self._workers.values():
-            self._divide(worker, worker.costs(view.phase))
+        for worker, costs in zip(self._workers.values(), self._costs, strict=True):
+            self._divide(worker, costs)
         speeds = self._seconds_per_cost.values()
         self._mean_seconds_per_cost = math.fsum(speeds) / len(speeds) if speeds else 0.0
 
@@ -153,8 +153,7 @@ class SlotLoads:
         return twin
 
     def _cost(self, slot: Slot) -> float:
-        costs = (worker.costs(self._phase) for worker in self._workers.values())
-        return math.fsum(of_worker.get(slot, 0.0) for of_worker in costs)
+        return math.fsum(costs.get(slot, 0.0) for costs in self._costs)
 
     def _divide(self, worker: WorkerView, costs: Mapping[Slot, float]) -> None:
         name = worker.worker_id

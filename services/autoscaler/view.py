@@ -13,6 +13,10 @@ from services.core.registry import Slot
 Phase = Literal["idle", "decode", "prefill"]
 
 
+ROWS_PER_READ = 16.0
+"""Rows whose arithmetic takes about as long as reading an expert's weights from memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
     """One worker.
@@ -50,10 +54,16 @@ class WorkerView:
     def costs(self, phase: Phase) -> Mapping[Slot, float]:
         """What each slot costs here, in units that compare within a phase.
 
-        Decoding reads an expert's weights for a few rows, so an activation costs the same whatever
-        its rows; in prefill arithmetic on the rows is what takes the time.
+        Decoding reads an expert's weights for a few rows, so it is activations that cost, and many
+        rows of one expert on top of them; in prefill arithmetic on the rows takes the time.
         """
-        return self.rows if phase == "prefill" else self.activations
+        if phase == "prefill":
+            return self.rows
+        rows = self.rows
+        return {
+            slot: count + rows.get(slot, 0.0) / ROWS_PER_READ
+            for slot, count in self.activations.items()
+        }
 
 
 @dataclass(frozen=True)

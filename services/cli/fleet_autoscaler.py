@@ -15,6 +15,8 @@ from services.core.settings import Settings
 from services.core.telemetry import SERVICE_AUTOSCALER
 from services.core.tracing import configure_tracing
 
+_INTERVAL_S = 0.5
+"""Half a heartbeat: what a lease tells is acted on soon after."""
 _logger = logging.getLogger(__name__)
 
 
@@ -54,6 +56,7 @@ class FleetAutoscaler:
                 scaler=self._scaler,
                 tracer=tracing.tracer,
                 collectors=collectors,
+                interval_s=_INTERVAL_S,
             )
 
 

@@ -60,6 +60,12 @@ def up(
     max_workers: Annotated[
         int | None, typer.Option(min=1, help="with --autoscale: start workers up to so many")
     ] = None,
+    shadow_copies: Annotated[
+        bool, typer.Option(help="with --autoscale: second copies of experts in spare memory")
+    ] = True,
+    idle_after_s: Annotated[
+        float, typer.Option(min=0, help="with --autoscale: until idle room is given back")
+    ] = 30.0,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="gateway and engine together")] = False,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="experts inside the shard's process")
@@ -88,7 +94,13 @@ def up(
         use_ray=not no_ray,
         store_bytes=store_bytes,
         replicas=replicas,
-        autoscaling=_autoscaling(autoscale, num_workers * replicas, max_workers),
+        autoscaling=_autoscaling(
+            autoscale,
+            num_workers * replicas,
+            max_workers,
+            shadow_copies=shadow_copies,
+            idle_after_s=idle_after_s,
+        ),
     )
     listener = open_listener(settings.host, settings.port, reuse_port=False)
     folder = StateFolder(state_dir or settings.state_dir or default_state_dir())
@@ -158,7 +170,14 @@ def _parse_shards(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _autoscaling(wanted: bool, num_workers: int, max_workers: int | None) -> PolicyOptions | None:
+def _autoscaling(
+    wanted: bool,
+    num_workers: int,
+    max_workers: int | None,
+    *,
+    shadow_copies: bool = True,
+    idle_after_s: float = 30.0,
+) -> PolicyOptions | None:
     if not wanted and max_workers is None:
         return None
     if not wanted or num_workers == 0:
@@ -170,6 +189,8 @@ def _autoscaling(wanted: bool, num_workers: int, max_workers: int | None) -> Pol
         min_workers=num_workers,
         max_workers=max_workers or num_workers,
         scale_workers=max_workers is not None,
+        shadow_copies=shadow_copies,
+        idle_after_s=idle_after_s,
     )
 
 

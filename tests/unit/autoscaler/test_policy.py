@@ -200,7 +200,7 @@ def test_a_hot_expert_has_a_replica_within_five_seconds_and_loses_it_after_the_l
         busiest_before = max(busiest_before, *(w.utilization for w in fleet.workers.values()))
         autoscaler.step()
     assert all(len(fleet.holders((layer, 0))) >= 2 for layer in range(LAYERS))
-    assert max(w.utilization for w in fleet.workers.values()) < 0.75 * busiest_before
+    assert max(w.utilization for w in fleet.workers.values()) < 0.8 * busiest_before
     autoscaler.run(90, calm)
     assert [len(w.slots) for w in fleet.workers.values()] == [2 * LAYERS] * 4
 

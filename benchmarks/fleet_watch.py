@@ -1,0 +1,120 @@
+"""Watches a running product's leases, and loads it with streams of generated tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from services.cli.load.client import LoadClient, RequestRecord
+from services.core.errors import UnavailableError
+from services.core.redis_registry import RedisRegistry
+from services.core.registry import FleetSnapshot
+
+POLL_S = 0.1
+
+
+@dataclass(slots=True, kw_only=True)
+class FleetWatch:
+    """Snapshots as they were seen, by `time.perf_counter`."""
+
+    registry: RedisRegistry
+    seen: list[tuple[float, FleetSnapshot]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                self.seen.append((time.perf_counter(), await self.registry.snapshot()))
+            except UnavailableError:
+                return
+            await asyncio.sleep(POLL_S)
+
+    def worker_seconds(self, begin: float, end: float) -> float:
+        """Seconds between, summed over the workers that had a lease then."""
+        times = [at for at, _ in self.seen] + [end]
+        return sum(
+            max(0.0, min(until, end) - max(at, begin)) * len(snapshot.workers)
+            for (at, snapshot), until in zip(self.seen, times[1:], strict=True)
+        )
+
+    def num_workers(self, begin: float, end: float) -> tuple[int, int]:
+        """Fewest and most workers between."""
+        counts = [len(snapshot.workers) for at, snapshot in self.seen if begin <= at < end]
+        return min(counts), max(counts)
+
+
+@dataclass(slots=True, kw_only=True)
+class StreamLoad:
+    """Requests, greedy, with random prompts of given tokens; `records` has every one sent."""
+
+    url: str
+    prompt_tokens: int
+    max_tokens: int
+    records: list[RequestRecord] = field(default_factory=list)
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    async def streams(self, vocabularies: Sequence[range], seconds: float) -> None:
+        """One client for each vocabulary, asking again and again; those under way are awaited."""
+        end = time.perf_counter() + seconds
+
+        async def stream(client: LoadClient, vocabulary: range) -> None:
+            while time.perf_counter() < end:
+                await self._ask(client, vocabulary)
+
+        await self._with_client(
+            lambda client: asyncio.gather(*(stream(client, each) for each in vocabularies))
+        )
+
+    async def arrivals(
+        self, vocabulary: range, rate: Callable[[float], float], seconds: float
+    ) -> None:
+        """Requests at `rate(t)` per second, evenly spaced, whether or not earlier ones are done."""
+
+        async def send(client: LoadClient) -> None:
+            started = time.perf_counter()
+            due = 0.0
+            async with asyncio.TaskGroup() as tasks:
+                while due < seconds:
+                    await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
+                    tasks.create_task(self._ask(client, vocabulary))
+                    due += 1 / rate(due)
+
+        await self._with_client(send)
+
+    async def _with_client(self, work: Callable[[LoadClient], Awaitable[object]]) -> None:
+        client = LoadClient(self.url, model=None, api_key=None, timeout_s=120)
+        try:
+            await work(client)
+        finally:
+            await client.close()
+
+    async def _ask(self, client: LoadClient, vocabulary: range) -> None:
+        prompt = self._random.choices(vocabulary, k=self.prompt_tokens)
+        record = await client.complete(prompt, self.max_tokens)
+        self.records.append(record)
+        if record.error is not None:
+            await asyncio.sleep(0.5)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(record.error is not None for record in self.records)
+
+    def throughput(self, begin: float, end: float) -> float:
+        """Tokens per second that arrived between."""
+        tokens = sum(
+            count for record in self.records for at, count in record.arrivals if begin <= at < end
+        )
+        return tokens / (end - begin)
+
+    def p99_gap_ms(self, begin: float, end: float) -> float:
+        """The 99th percentile of the time between two tokens of a stream; 0 without any."""
+        gaps = sorted(
+            after[0] - before[0]
+            for record in self.records
+            for before, after in zip(record.arrivals, record.arrivals[1:], strict=False)
+            if begin <= after[0] < end
+        )
+        return gaps[int(0.99 * len(gaps))] * 1000 if gaps else 0.0
