@@ -59,7 +59,7 @@ class RemoteExperts:
     `expert_wait_s` bounds the wait for a replica after a call's first failure, `call_timeout_s`
     one frame; where the pace of workers is known a frame is sent to a second one much earlier.
     `seed` decides between replicas that are equally good. The registry is read every `refresh_s`;
-    a worker that is missing there is kept for `missing_grace_s`.
+    a worker that is missing there is kept as long as its link holds.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class RemoteExperts:
         call_timeout_s: float = 30.0,
         max_frame_bytes: int = 256 << 20,
         refresh_s: float = 0.5,
-        missing_grace_s: float = 3.0,
         local_host: str | None = None,
         seed: int = 0,
         transport: ExpertTransport | None = None,
@@ -96,7 +95,6 @@ class RemoteExperts:
             transport or GrpcTransport(max_frame_bytes=max_frame_bytes),
             AdmissionRules.of(config, dtype),
             local_host=local_host,
-            missing_grace_s=missing_grace_s,
             chooser=self._chooser,
             on_gone=self._telemetry.forget_worker,
             on_ejected=self._telemetry.count_ejection,

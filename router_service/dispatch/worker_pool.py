@@ -54,16 +54,16 @@ class _Member:
     max_frame_bytes: int = 0
     refusal: str = ""
     num_refusals: int = 0
-    missing_since: float | None = None
     probed_at: float = 0.0
 
 
 class WorkerPool:
     """Used on one event loop. `view` is replaced, never changed.
 
-    A worker whose record is missing is kept for `missing_grace_s`: the store may have lost it. The
-    weights of a slot are those first seen; a worker with others is refused, for as long as this
-    process lives, because keys and values computed with them may be in caches.
+    A worker whose record is missing is kept as long as its link holds: the store may have lost the
+    record, or take no new ones. The weights of a slot are those first seen; a worker with others is
+    refused, for as long as this process lives, because keys and values computed with them may be in
+    caches.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class WorkerPool:
         rules: AdmissionRules,
         *,
         local_host: str | None,
-        missing_grace_s: float,
         chooser: ReplicaChooser,
         on_gone: Callable[[str], None],
         on_ejected: Callable[[], None],
@@ -80,7 +79,6 @@ class WorkerPool:
         self._transport = transport
         self._rules = rules
         self._local_host = local_host
-        self._missing_grace_s = missing_grace_s
         self._chooser = chooser
         self._on_gone = on_gone
         self._on_ejected = on_ejected
@@ -149,7 +147,6 @@ class WorkerPool:
 
     def update(self, snapshot: FleetSnapshot) -> None:
         """Follow the registry."""
-        now = asyncio.get_running_loop().time()
         for record in snapshot.workers:
             member = self._members.get(record.worker_id)
             if member is None:
@@ -161,11 +158,7 @@ class WorkerPool:
                 self._refresh(member, record)
         seen = {record.worker_id for record in snapshot.workers}
         for worker_id, member in list(self._members.items()):
-            if worker_id in seen:
-                continue
-            if member.missing_since is None:
-                member.missing_since = now
-            if now - member.missing_since >= self._missing_grace_s or member.slots is None:
+            if worker_id not in seen and member.slots is None:
                 self._stop(member)
                 self._chooser.forget(worker_id)
                 self._on_gone(worker_id)
@@ -205,7 +198,7 @@ class WorkerPool:
         self._leave(member, "left the registry or moved")
 
     def _refresh(self, member: _Member, record: WorkerRecord) -> None:
-        before, member.record, member.missing_since = member.record, record, None
+        before, member.record = member.record, record
         if before.slots != record.slots or before.started_at != record.started_at:
             member.wake.set()
         if before.state != record.state:

@@ -29,26 +29,21 @@ class _Member:
     task: asyncio.Task[None] | None = None
     link: ShardLink | None = None
     is_draining: bool = False
-    missing_since: float | None = None
 
 
 class ShardPool:
     """Used on one event loop; does not own the registry.
 
-    The registry is read every `refresh_s`. A shard whose lease is missing takes new requests for
-    another `missing_grace_s`, since the store may have lost it; one that says that it is draining
-    takes none. Requests that a shard has already stay with it until they end or it is gone.
+    The registry is read every `refresh_s`. A shard whose lease is missing is kept as long as its
+    link holds: the store may have lost the lease, or take no new ones. A shard that says that it is
+    draining gets nothing new. What a shard has stays with it until it ends or the shard is gone.
     """
 
-    def __init__(
-        self, registry: Registry, *, refresh_s: float = 0.5, missing_grace_s: float = 3.0
-    ) -> None:
+    def __init__(self, registry: Registry, *, refresh_s: float = 0.5) -> None:
         self._registry = registry
         self._refresh_s = refresh_s
-        self._missing_grace_s = missing_grace_s
         self._chooser = ShardChooser()
         self._members: dict[str, _Member] = {}
-        self._retired: set[asyncio.Task[None]] = set()
         self._follower: asyncio.Task[None] | None = None
         self._has_read = asyncio.Event()
 
@@ -102,10 +97,8 @@ class ShardPool:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
-        tasks = [*self._retired]
-        for member in list(self._members.values()):
-            self._drop(member)
-            tasks += [member.task] if member.task else []
+        tasks = [member.task for member in self._members.values() if member.task]
+        self._members.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,33 +161,18 @@ class ShardPool:
             await asyncio.sleep(_FIRST_BACKOFF_S)
 
     def _update(self, records: tuple[ShardRecord, ...]) -> None:
-        now = asyncio.get_running_loop().time()
         seen = {record.shard_id: record for record in records if record.endpoint}
         for shard_id, record in seen.items():
             member = self._members.get(shard_id)
             if member is None:
                 member = self._members[shard_id] = _Member(record=record)
                 member.task = asyncio.create_task(self._keep_joined(member), name=shard_id)
-            member.record, member.missing_since = record, None
+            member.record = record
         for shard_id, member in list(self._members.items()):
-            if shard_id in seen:
-                continue
-            if member.missing_since is None:
-                member.missing_since = now
-            if member.link is None or now - member.missing_since >= self._missing_grace_s:
-                self._drop(member)
-
-    def _drop(self, member: _Member) -> None:
-        """Send it nothing more; the link ends with the last of its requests."""
-        del self._members[member.record.shard_id]
-        if member.task is None:
-            return
-        if member.link is None:
-            member.task.cancel()
-        else:
-            member.is_draining = True
-            self._retired.add(member.task)
-            member.task.add_done_callback(self._retired.discard)
+            if shard_id not in seen and member.link is None:
+                del self._members[shard_id]
+                if member.task is not None:
+                    member.task.cancel()
 
     async def _keep_joined(self, member: _Member) -> None:
         """Connect, wait until the link breaks, and again, while the shard is a member."""
@@ -205,25 +183,12 @@ class ShardPool:
                 await link.connect(_CONNECT_TIMEOUT_S)
                 member.link, backoff_s = link, _FIRST_BACKOFF_S
                 log.info("shard %s joined", record.shard_id)
-                await self._until_over(member, link)
-                log.info("shard %s left: %s", record.shard_id, link.reason or "no longer listed")
+                await link.broken.wait()
+                log.info("shard %s left: %s", record.shard_id, link.reason)
             except UnavailableError as error:
                 log.info("%s", error.message)
             finally:
                 member.link = None
                 await link.close()
-            if self._members.get(record.shard_id) is not member:
-                return
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-
-    async def _until_over(self, member: _Member, link: ShardLink) -> None:
-        """Until the link breaks, or the shard is no member any more and has answered all."""
-        while not link.broken.is_set():
-            if self._members.get(member.record.shard_id) is not member and not link.num_requests:
-                return
-            try:
-                async with asyncio.timeout(self._refresh_s):
-                    await link.broken.wait()
-            except TimeoutError:
-                continue

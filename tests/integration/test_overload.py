@@ -74,7 +74,7 @@ async def _gateway(folder: Path, **options: Any) -> AsyncIterator[httpx.AsyncCli
     port = await asyncio.to_thread(server.start)
     registry = MemoryRegistry()
     await registry.publish(shard_record("a", endpoint=f"127.0.0.1:{port}"), 60)
-    pool = ShardPool(registry, refresh_s=0.05, missing_grace_s=1.0)
+    pool = ShardPool(registry, refresh_s=0.05)
     app = create_app(load_settings(model="org/tiny"), pool, registry, model_folder=folder)
     transport = httpx.ASGITransport(app)
     try:

@@ -578,10 +578,14 @@ async def test_dispatch_goes_on_while_the_store_is_away_or_lost_everything(
     await experts.close()
 
 
-async def test_a_worker_whose_lease_is_gone_for_longer_than_the_grace_is_dropped() -> None:
+async def test_a_worker_whose_lease_is_gone_is_kept_until_its_link_breaks() -> None:
     workers = make_workers(2)
-    registry, experts = await flaky_fleet(workers, missing_grace_s=0.1)
+    registry, experts = await flaky_fleet(workers)
     await registry.remove(workers[0].worker_id)
+    reads = registry.num_reads
+    await eventually(lambda: registry.num_reads > reads + 3)
+    await check_call(experts, workers[0])
+    workers[0].kill()
     await eventually(lambda: len(experts._pool.view.table.missing_slots()) == 4)
     await eventually(lambda: not workers[0].links)
     await experts.close()
@@ -640,7 +644,7 @@ async def test_assignments_are_counted_by_layer_and_expert_and_scraped() -> None
 async def test_round_trips_and_resends_are_measured_and_series_of_gone_workers_dropped() -> None:
     workers = make_workers(1, replicas=2)
     metrics = CollectorRegistry()
-    registry, experts = await flaky_fleet(workers, metrics=metrics, missing_grace_s=0.0)
+    registry, experts = await flaky_fleet(workers, metrics=metrics)
     await eventually(lambda: len(experts._pool.view.links) == 2)
     workers[0].faults.append("internal")
     await check_call(experts, workers[0], num_tokens=30)
@@ -648,6 +652,7 @@ async def test_round_trips_and_resends_are_measured_and_series_of_gone_workers_d
     assert metrics.get_sample_value(count, {"worker": "b0"}) == 2
     assert metrics.get_sample_value(METRIC_DISPATCH_RETRIES, {"reason": "internal"}) == 1
     await registry.remove("b0")
+    workers[1].kill()
     await eventually(lambda: metrics.get_sample_value(count, {"worker": "b0"}) is None)
     await experts.close()
 
