@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scaled = asyncio.run(measure(model, folder / "scaled", given.hot_s, autoscale=True))
     text = report(fixed, scaled)
     print(text)
+    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "hot-expert.md").write_text(text)
     (given.out / "hot-expert.svg").write_text(_drawing(fixed, scaled))
 
