@@ -43,10 +43,6 @@ class ShardLink:
         self._reader: asyncio.Task[None] | None = None
 
     @property
-    def num_requests(self) -> int:
-        return len(self._inboxes)
-
-    @property
     def cost(self) -> int:
         """Of this gateway's requests there: prompt tokens until their first token, then a fixed
         part for each."""
