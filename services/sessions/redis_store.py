@@ -15,6 +15,7 @@ built with jemalloc, which charges it 1.25 times; size `maxmemory` for that.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -162,22 +163,23 @@ class RedisSessionStore:
         fields, hashes = await self._redis.run(
             [("HMGET", key, *_FIELDS), ("SMEMBERS", key + ":blocks")]
         )
-        if None in fields:
+        numbers = _numbers(fields)
+        if numbers is None:
             return None
         num_blocks = 0
         for batch in _batches(list(hashes), _BATCH_COMMANDS):
             keys = [self._block_key(item) for item in batch]
             num_blocks += (await self._redis.run([("EXISTS", *keys)]))[0]
-        num_tokens, created_at, updated_at, expires_at = fields
+        num_tokens, created_at, updated_at, expires_at = numbers
         return SessionInfo(
             session_id=session_id,
             tenant=tenant,
             num_tokens=int(num_tokens),
             num_blocks=num_blocks,
             stored_bytes=num_blocks * (HEADER_BYTES + self._layout.payload_bytes),
-            created_at=float(created_at),
-            updated_at=float(updated_at),
-            expires_at=float(expires_at),
+            created_at=created_at,
+            updated_at=updated_at,
+            expires_at=expires_at,
         )
 
     async def delete_session(self, tenant: str, session_id: str) -> bool:
@@ -221,7 +223,8 @@ class RedisSessionStore:
             await self._redis.run([("UNLINK", key, key + ":blocks")])
             replies = await self._redis.run(commands)
         await self._extend_lives(hashes, ttl_ms)
-        blocks_live_until = float(replies[1] or 0.0)
+        # What is no number is as good as none: the lives of all blocks are extended.
+        (blocks_live_until,) = _numbers(replies[1:2]) or (0.0,)
         if blocks_live_until < now + ttl_s * (1 - _REFRESH_FRACTION):
             (every_hash,) = await self._redis.run([("SMEMBERS", key + ":blocks")])
             await self._extend_lives(list(every_hash), ttl_ms)
@@ -288,6 +291,15 @@ class RedisSessionStore:
 def _batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _numbers(fields: Sequence[Any]) -> list[float] | None:
+    """Fields of an index as finite numbers; None where one is missing or is none."""
+    try:
+        numbers = [float(field) for field in fields]
+    except (TypeError, ValueError):
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 def _milliseconds(seconds: float) -> int:

@@ -31,6 +31,9 @@ from tests.support.session_blocks import (
 )
 from tests.support.session_contract import SessionStoreContract, StoreHarness
 
+PATIENT_S = 30.0
+"""Of stores whose server is there: how slow the machine is must not matter."""
+
 _fleets = (f"fleet-{number}" for number in itertools.count())
 
 
@@ -46,7 +49,9 @@ def server(
 class RedisHarness:
     def __init__(self, url: str) -> None:
         self.fleet = next(_fleets)
-        self.store = RedisSessionStore(url, fleet=self.fleet, layout=LAYOUT)
+        self.store = RedisSessionStore(
+            url, fleet=self.fleet, layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+        )
         self.client = Redis.from_url(url)
 
     def key(self, block_hash: bytes, kind: str = "kv") -> str:
@@ -97,9 +102,15 @@ async def test_every_key_is_of_the_fleet_and_has_a_time_to_live(
 
 
 async def test_shards_of_a_fleet_share_and_fleets_do_not(server: StoreServer) -> None:
-    one = RedisSessionStore(server.url, fleet="shared", layout=LAYOUT)
-    same = RedisSessionStore(server.url, fleet="shared", layout=LAYOUT)
-    other = RedisSessionStore(server.url, fleet="other", layout=LAYOUT)
+    one = RedisSessionStore(
+        server.url, fleet="shared", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+    )
+    same = RedisSessionStore(
+        server.url, fleet="shared", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+    )
+    other = RedisSessionStore(
+        server.url, fleet="other", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+    )
     blocks = random_blocks(2)
     await one.put(ALICE, blocks, num_tokens=8, ttl_s=60)
     assert as_bytes(await same.fetch(hashes_of(blocks))) == payloads_of(blocks)
@@ -113,8 +124,10 @@ async def test_a_model_whose_fingerprint_begins_alike_refuses_the_others_blocks(
     server: StoreServer,
 ) -> None:
     fleet = next(_fleets)
-    one = RedisSessionStore(server.url, fleet=fleet, layout=LAYOUT)
-    other = RedisSessionStore(server.url, fleet=fleet, layout=OTHER_MODEL)
+    one = RedisSessionStore(server.url, fleet=fleet, layout=LAYOUT, round_trip_timeout_s=PATIENT_S)
+    other = RedisSessionStore(
+        server.url, fleet=fleet, layout=OTHER_MODEL, round_trip_timeout_s=PATIENT_S
+    )
     blocks = random_blocks(2)
     await one.put(ALICE, blocks, num_tokens=8, ttl_s=60)
     assert await other.fetch(hashes_of(blocks)) == [None, None]
@@ -132,6 +145,24 @@ async def test_a_key_that_holds_another_type_is_refused(redis_harness: RedisHarn
     assert as_bytes(found) == [first.payload, None]
     assert harness.store.refusals() == {"foreign": 1}
     assert not await harness.client.exists(harness.key(second.hash))
+
+
+@pytest.mark.parametrize("damage", [b"soon", b"nan", b"\xff\x00"])
+async def test_a_session_whose_index_holds_no_numbers_is_unknown_and_its_blocks_live_on(
+    redis_harness: RedisHarness, damage: bytes
+) -> None:
+    harness = redis_harness
+    blocks = random_blocks(2)
+    await harness.store.put(ALICE, blocks, num_tokens=8, ttl_s=60)
+    (key,) = [key async for key in harness.client.scan_iter(f"*:{harness.fleet}:session:*[0-9a-f]")]
+    for field in ("blocks_live_until", "num_tokens", "created_at", "updated_at", "expires_at"):
+        await harness.client.hset(key, field, damage)
+    assert await harness.store.get_session(ALICE.tenant, ALICE.session_id) is None
+    await harness.store.put(ALICE, blocks, num_tokens=8, ttl_s=60)
+    live_until = await harness.client.hget(key, "blocks_live_until")
+    assert live_until is not None
+    assert float(live_until) > time.time()
+    assert as_bytes(await harness.store.fetch(hashes_of(blocks))) == payloads_of(blocks)
 
 
 @pytest.mark.parametrize("kind", ["kv", "ckpt"])
@@ -176,7 +207,9 @@ async def test_garbage_over_a_sessions_index_gives_way_to_the_next_write(
 async def test_blocks_of_real_size_come_back_in_many_batches(server: StoreServer) -> None:
     layout = replace(LAYOUT, num_layers=16, block_size=16, num_kv_heads=8, head_dim=128)
     assert layout.payload_bytes == 1 << 20
-    store = RedisSessionStore(server.url, fleet=next(_fleets), layout=layout)
+    store = RedisSessionStore(
+        server.url, fleet=next(_fleets), layout=layout, round_trip_timeout_s=PATIENT_S
+    )
     blocks = random_blocks(20, layout)
     await store.put(ALICE, blocks, num_tokens=320, ttl_s=60)
     assert as_bytes(await store.fetch(hashes_of(blocks))) == payloads_of(blocks)
@@ -187,7 +220,9 @@ async def test_blocks_of_real_size_come_back_in_many_batches(server: StoreServer
 async def test_a_full_server_drops_blocks_and_goes_on(tmp_path: Path) -> None:
     layout = replace(LAYOUT, num_layers=16, block_size=16, num_kv_heads=8, head_dim=128)
     with running_redis(tmp_path, maxmemory_bytes=24 << 20) as server:
-        store = RedisSessionStore(server.url, fleet="full", layout=layout)
+        store = RedisSessionStore(
+            server.url, fleet="full", layout=layout, round_trip_timeout_s=PATIENT_S
+        )
         blocks = random_blocks(40, layout)
         for number, block in enumerate(blocks):
             session = SessionRef(tenant="t", session_id=str(number))
@@ -202,7 +237,9 @@ async def test_a_full_server_drops_blocks_and_goes_on(tmp_path: Path) -> None:
 
 async def test_a_server_that_refuses_writes_still_serves_reads(tmp_path: Path) -> None:
     with running_redis(tmp_path) as server:
-        store = RedisSessionStore(server.url, fleet="noeviction", layout=LAYOUT)
+        store = RedisSessionStore(
+            server.url, fleet="noeviction", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+        )
         blocks = random_blocks(2)
         await store.put(ALICE, blocks, num_tokens=8, ttl_s=60)
         async with Redis.from_url(server.url) as client:
@@ -237,7 +274,9 @@ async def test_a_server_that_died_costs_little_and_is_used_again_when_it_is_back
 
 async def test_a_server_that_was_restarted_meanwhile_is_not_noticed(tmp_path: Path) -> None:
     first = start_server(tmp_path, port=0)
-    store = RedisSessionStore(first.url, fleet="restart", layout=LAYOUT)
+    store = RedisSessionStore(
+        first.url, fleet="restart", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+    )
     blocks = random_blocks(2)
     await asyncio.gather(*(store.put(ALICE, blocks, num_tokens=8, ttl_s=60) for _ in range(4)))
     first.stop()
@@ -301,7 +340,9 @@ async def test_a_wrong_password_is_unavailable(tmp_path: Path) -> None:
     with running_redis(tmp_path) as server:
         async with Redis.from_url(server.url) as client:
             await client.config_set("requirepass", "secret")
-        store = RedisSessionStore(server.url, fleet="f", layout=LAYOUT)
+        store = RedisSessionStore(
+            server.url, fleet="f", layout=LAYOUT, round_trip_timeout_s=PATIENT_S
+        )
         with pytest.raises(UnavailableError, match=r"(?i)auth"):
             await store.fetch([os.urandom(16)])
         await store.close()
@@ -310,7 +351,9 @@ async def test_a_wrong_password_is_unavailable(tmp_path: Path) -> None:
 async def test_a_failure_half_way_keeps_the_prefix_that_was_fetched(tmp_path: Path) -> None:
     layout = replace(LAYOUT, num_layers=16, block_size=16, num_kv_heads=8, head_dim=128)
     with running_redis(tmp_path) as server:
-        store = RedisSessionStore(server.url, fleet="half", layout=layout)
+        store = RedisSessionStore(
+            server.url, fleet="half", layout=layout, round_trip_timeout_s=PATIENT_S
+        )
         blocks = random_blocks(12, layout)
         await store.put(ALICE, blocks, num_tokens=192, ttl_s=60)
         run, calls = store._redis.run, itertools.count()
@@ -331,7 +374,9 @@ async def test_a_failure_half_way_keeps_the_prefix_that_was_fetched(tmp_path: Pa
 
 async def test_a_cancelled_fetch_leaves_no_answer_behind_for_the_next(server: StoreServer) -> None:
     layout = replace(LAYOUT, num_layers=16, block_size=16, num_kv_heads=8, head_dim=128)
-    store = RedisSessionStore(server.url, fleet=next(_fleets), layout=layout)
+    store = RedisSessionStore(
+        server.url, fleet=next(_fleets), layout=layout, round_trip_timeout_s=PATIENT_S
+    )
     blocks = random_blocks(8, layout)
     await store.put(ALICE, blocks, num_tokens=128, ttl_s=60)
     for turns in range(30):
