@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/shards.proto\x12\x0e\x65xpertfleet.v1\"v\n\x0cShardMessage\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x33\n\x08generate\x18\x02 \x01(\x0b\x32\x1f.expertfleet.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x03 \x01(\x08H\x00\x42\x08\n\x06\x61\x63tion\"\xa3\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.expertfleet.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x17\n\nsession_id\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rsession_ttl_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12H\n\rtrace_context\x18\x08 \x03(\x0b\x32\x31.expertfleet.v1.GenerateRequest.TraceContextEntry\x12.\n\x07resumed\x18\t \x03(\x0b\x32\x1d.expertfleet.v1.ResumedChoice\x12\x10\n\x08priority\x18\n \x01(\x11\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_session_idB\x10\n\x0e_session_ttl_s\"7\n\rResumedChoice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bis_finished\x18\x02 \x01(\x08\"\xac\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x11\n\x04seed\x18\n \x01(\x06H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x41\n\nlogit_bias\x18\r \x03(\x0b\x32-.expertfleet.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"<\n\nStepOutput\x12.\n\x07outputs\x18\x01 \x03(\x0b\x32\x1d.expertfleet.v1.RequestOutput\"\x96\x01\n\rRequestOutput\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12/\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1f.expertfleet.v1.GenerationDelta\x12\x10\n\x08is_ended\x18\x03 \x01(\x08\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1b.expertfleet.v1.ErrorStatus\"\xfe\x01\n\x0fGenerationDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.expertfleet.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1c.expertfleet.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_restored_tokens\x18\x07 \x01(\rB\x10\n\x0e_stop_token_id\"^\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\"=\n\x0b\x45rrorStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"0\n\nSessionKey\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\x97\x01\n\x0cSessionState\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x04 \x01(\x04\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x12\n\nupdated_at\x18\x06 \x01(\x01\x12\x12\n\nexpires_at\x18\x07 \x01(\x01\"\x13\n\x11\x43heckReadyRequest\"\x14\n\x12\x43heckReadyResponse*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc0\x02\n\x0cShardService\x12H\n\x08Generate\x12\x1c.expertfleet.v1.ShardMessage\x1a\x1a.expertfleet.v1.StepOutput(\x01\x30\x01\x12\x46\n\nGetSession\x12\x1a.expertfleet.v1.SessionKey\x1a\x1c.expertfleet.v1.SessionState\x12I\n\rDeleteSession\x12\x1a.expertfleet.v1.SessionKey\x1a\x1c.expertfleet.v1.SessionState\x12S\n\nCheckReady\x12!.expertfleet.v1.CheckReadyRequest\x1a\".expertfleet.v1.CheckReadyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/shards.proto\x12\x0e\x65xpertfleet.v1\"v\n\x0cShardMessage\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12\x33\n\x08generate\x18\x02 \x01(\x0b\x32\x1f.expertfleet.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x03 \x01(\x08H\x00\x42\x08\n\x06\x61\x63tion\"\xc2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x30\n\x08sampling\x18\x03 \x01(\x0b\x32\x1e.expertfleet.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x17\n\nsession_id\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rsession_ttl_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12H\n\rtrace_context\x18\x08 \x03(\x0b\x32\x31.expertfleet.v1.GenerateRequest.TraceContextEntry\x12.\n\x07resumed\x18\t \x03(\x0b\x32\x1d.expertfleet.v1.ResumedChoice\x12\x10\n\x08priority\x18\n \x01(\x11\x12\x1d\n\x15return_expert_choices\x18\x0b \x01(\x08\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_session_idB\x10\n\x0e_session_ttl_s\"7\n\rResumedChoice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bis_finished\x18\x02 \x01(\x08\"\xac\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x11\n\x04seed\x18\n \x01(\x06H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x41\n\nlogit_bias\x18\r \x03(\x0b\x32-.expertfleet.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"<\n\nStepOutput\x12.\n\x07outputs\x18\x01 \x03(\x0b\x32\x1d.expertfleet.v1.RequestOutput\"\x96\x01\n\rRequestOutput\x12\x16\n\x0erequest_number\x18\x01 \x01(\x04\x12/\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1f.expertfleet.v1.GenerationDelta\x12\x10\n\x08is_ended\x18\x03 \x01(\x08\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1b.expertfleet.v1.ErrorStatus\"\x96\x02\n\x0fGenerationDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.expertfleet.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1c.expertfleet.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_restored_tokens\x18\x07 \x01(\r\x12\x16\n\x0e\x65xpert_choices\x18\x08 \x01(\x0c\x42\x10\n\x0e_stop_token_id\"^\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\"=\n\x0b\x45rrorStatus\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"0\n\nSessionKey\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\x97\x01\n\x0cSessionState\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x04 \x01(\x04\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x12\n\nupdated_at\x18\x06 \x01(\x01\x12\x12\n\nexpires_at\x18\x07 \x01(\x01\"\x13\n\x11\x43heckReadyRequest\"\x14\n\x12\x43heckReadyResponse*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc0\x02\n\x0cShardService\x12H\n\x08Generate\x12\x1c.expertfleet.v1.ShardMessage\x1a\x1a.expertfleet.v1.StepOutput(\x01\x30\x01\x12\x46\n\nGetSession\x12\x1a.expertfleet.v1.SessionKey\x1a\x1c.expertfleet.v1.SessionState\x12I\n\rDeleteSession\x12\x1a.expertfleet.v1.SessionKey\x1a\x1c.expertfleet.v1.SessionState\x12S\n\nCheckReady\x12!.expertfleet.v1.CheckReadyRequest\x1a\".expertfleet.v1.CheckReadyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,38 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1947
-  _globals['_FINISHREASON']._serialized_end=2042
+  _globals['_FINISHREASON']._serialized_start=2002
+  _globals['_FINISHREASON']._serialized_end=2097
   _globals['_SHARDMESSAGE']._serialized_start=39
   _globals['_SHARDMESSAGE']._serialized_end=157
   _globals['_GENERATEREQUEST']._serialized_start=160
-  _globals['_GENERATEREQUEST']._serialized_end=579
-  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_start=495
-  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_end=546
-  _globals['_RESUMEDCHOICE']._serialized_start=581
-  _globals['_RESUMEDCHOICE']._serialized_end=636
-  _globals['_SAMPLINGPARAMS']._serialized_start=639
-  _globals['_SAMPLINGPARAMS']._serialized_end=1067
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=997
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1045
-  _globals['_STEPOUTPUT']._serialized_start=1069
-  _globals['_STEPOUTPUT']._serialized_end=1129
-  _globals['_REQUESTOUTPUT']._serialized_start=1132
-  _globals['_REQUESTOUTPUT']._serialized_end=1282
-  _globals['_GENERATIONDELTA']._serialized_start=1285
-  _globals['_GENERATIONDELTA']._serialized_end=1539
-  _globals['_TOKENLOGPROB']._serialized_start=1541
-  _globals['_TOKENLOGPROB']._serialized_end=1635
-  _globals['_ERRORSTATUS']._serialized_start=1637
-  _globals['_ERRORSTATUS']._serialized_end=1698
-  _globals['_SESSIONKEY']._serialized_start=1700
-  _globals['_SESSIONKEY']._serialized_end=1748
-  _globals['_SESSIONSTATE']._serialized_start=1751
-  _globals['_SESSIONSTATE']._serialized_end=1902
-  _globals['_CHECKREADYREQUEST']._serialized_start=1904
-  _globals['_CHECKREADYREQUEST']._serialized_end=1923
-  _globals['_CHECKREADYRESPONSE']._serialized_start=1925
-  _globals['_CHECKREADYRESPONSE']._serialized_end=1945
-  _globals['_SHARDSERVICE']._serialized_start=2045
-  _globals['_SHARDSERVICE']._serialized_end=2365
+  _globals['_GENERATEREQUEST']._serialized_end=610
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_start=526
+  _globals['_GENERATEREQUEST_TRACECONTEXTENTRY']._serialized_end=577
+  _globals['_RESUMEDCHOICE']._serialized_start=612
+  _globals['_RESUMEDCHOICE']._serialized_end=667
+  _globals['_SAMPLINGPARAMS']._serialized_start=670
+  _globals['_SAMPLINGPARAMS']._serialized_end=1098
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1028
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1076
+  _globals['_STEPOUTPUT']._serialized_start=1100
+  _globals['_STEPOUTPUT']._serialized_end=1160
+  _globals['_REQUESTOUTPUT']._serialized_start=1163
+  _globals['_REQUESTOUTPUT']._serialized_end=1313
+  _globals['_GENERATIONDELTA']._serialized_start=1316
+  _globals['_GENERATIONDELTA']._serialized_end=1594
+  _globals['_TOKENLOGPROB']._serialized_start=1596
+  _globals['_TOKENLOGPROB']._serialized_end=1690
+  _globals['_ERRORSTATUS']._serialized_start=1692
+  _globals['_ERRORSTATUS']._serialized_end=1753
+  _globals['_SESSIONKEY']._serialized_start=1755
+  _globals['_SESSIONKEY']._serialized_end=1803
+  _globals['_SESSIONSTATE']._serialized_start=1806
+  _globals['_SESSIONSTATE']._serialized_end=1957
+  _globals['_CHECKREADYREQUEST']._serialized_start=1959
+  _globals['_CHECKREADYREQUEST']._serialized_end=1978
+  _globals['_CHECKREADYRESPONSE']._serialized_start=1980
+  _globals['_CHECKREADYRESPONSE']._serialized_end=2000
+  _globals['_SHARDSERVICE']._serialized_start=2100
+  _globals['_SHARDSERVICE']._serialized_end=2420
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class ShardMessage(_message.Message):
     def __init__(self, request_number: _Optional[int] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., abort: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "n", "tenant", "session_id", "session_ttl_s", "trace_context", "resumed", "priority")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "n", "tenant", "session_id", "session_ttl_s", "trace_context", "resumed", "priority", "return_expert_choices")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class GenerateRequest(_message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_EXPERT_CHOICES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -55,7 +56,8 @@ class GenerateRequest(_message.Message):
     trace_context: _containers.ScalarMap[str, str]
     resumed: _containers.RepeatedCompositeFieldContainer[ResumedChoice]
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., session_ttl_s: _Optional[float] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., resumed: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., priority: _Optional[int] = ...) -> None: ...
+    return_expert_choices: bool
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., session_ttl_s: _Optional[float] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., resumed: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., priority: _Optional[int] = ..., return_expert_choices: _Optional[bool] = ...) -> None: ...
 
 class ResumedChoice(_message.Message):
     __slots__ = ("token_ids", "is_finished")
@@ -123,7 +125,7 @@ class RequestOutput(_message.Message):
     def __init__(self, request_number: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[GenerationDelta, _Mapping]]] = ..., is_ended: _Optional[bool] = ..., error: _Optional[_Union[ErrorStatus, _Mapping]] = ...) -> None: ...
 
 class GenerationDelta(_message.Message):
-    __slots__ = ("index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "num_cached_tokens", "num_restored_tokens")
+    __slots__ = ("index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "num_cached_tokens", "num_restored_tokens", "expert_choices")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +133,7 @@ class GenerationDelta(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_CHOICES_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
@@ -138,7 +141,8 @@ class GenerationDelta(_message.Message):
     stop_token_id: int
     num_cached_tokens: int
     num_restored_tokens: int
-    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_restored_tokens: _Optional[int] = ...) -> None: ...
+    expert_choices: bytes
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_restored_tokens: _Optional[int] = ..., expert_choices: _Optional[bytes] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")

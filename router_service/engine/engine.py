@@ -40,6 +40,7 @@ from router_service.session_tier.session_tier import RestoreRequest, RestoreResu
 from router_service.session_tier.session_writer import SessionWriter
 from services.core import telemetry
 from services.core.errors import ExpertfleetError, ShardLostError
+from services.core.expert_choices import check_expert_choices
 from services.core.generation import GenerateRequest, GenerationDelta
 from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
@@ -103,6 +104,7 @@ class Engine:
             eos_token_ids=config.eos_token_ids,
             sessions=sessions,
             checkpoints=checkpoints,
+            observe_phase=metrics.observe_phase if metrics is not None else None,
         )
         self._runner = StepRunner(
             decoder=decoder,
@@ -206,6 +208,9 @@ class Engine:
         self._scheduler.config.check_fits(
             len(request.prompt_token_ids), request.sampling.max_tokens
         )
+        if request.return_expert_choices:
+            longest = len(request.prompt_token_ids) + request.sampling.max_tokens
+            check_expert_choices(self.config, longest * request.n)
         stream = OutputStream(asyncio.get_running_loop())
         if not self._thread.call_soon(self._submit, request, stream):
             raise ShardLostError("the engine is not running", reason="unreachable")
@@ -273,7 +278,8 @@ class Engine:
     def _ask_store(self, tier: SessionTier, active: ActiveRequest) -> None:
         hashes = self._tracker.known_hashes(active)
         room = tier.max_blocks_to_fetch(self._scheduler.restored_bytes)
-        missing = len(hashes) - active.num_local_blocks
+        wanted = active.sequences[0].num_reusable_blocks(self._scheduler.config.block_size)
+        missing = wanted - active.num_local_blocks
         question = RestoreRequest(
             hashes=hashes, num_local=active.num_local_blocks, max_blocks=min(room, missing)
         )
@@ -357,7 +363,7 @@ class Engine:
         self._num_steps += 1
         self._num_micro_batches = timings.num_micro_batches
         if self._metrics is not None:
-            self._metrics.observe_step(timings.step_s)
+            self._metrics.observe_step(timings.step_s, span)
         if self._tier is not None:
             self._observe_prefill(self._tier, plan, timings.step_s)
         return timings

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,7 +15,8 @@ from prometheus_client.registry import Collector
 from router_service.engine.step_timings import StepTimings
 from router_service.session_tier.session_tier import SessionTierStats
 from services.core import telemetry
-from services.core.metrics import TOKEN_BUCKETS_S
+from services.core.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S
+from services.core.tracing import trace_exemplar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +67,27 @@ class EngineMetrics(Collector):
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._phases = Histogram(
+            telemetry.METRIC_REQUEST_PHASE,
+            "Duration of a request's phase: queue until admitted, prefill until its first token, "
+            "decode until its last",
+            ["phase"],
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
         registry.register(self)
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
         """Whom to ask at scrape; called by the engine."""
         self._stats = stats
 
-    def observe_step(self, seconds: float) -> None:
-        self._steps.observe(seconds)
+    def observe_step(self, seconds: float, span: Span | None = None) -> None:
+        """`span`: the step's own, where it is sampled."""
+        self._steps.observe(seconds, trace_exemplar(span))
+
+    def observe_phase(self, phase: str, seconds: float, span: Span) -> None:
+        """A phase of a request is over; `span` is the request's."""
+        self._phases.labels(phase).observe(seconds, trace_exemplar(span))
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

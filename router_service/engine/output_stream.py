@@ -110,4 +110,5 @@ def _merge_one(group: list[GenerationDelta]) -> GenerationDelta:
         stop_token_id=last.stop_token_id,
         num_cached_tokens=last.num_cached_tokens,
         num_restored_tokens=last.num_restored_tokens,
+        expert_choices=b"".join(delta.expert_choices for delta in group),
     )

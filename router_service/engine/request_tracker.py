@@ -10,9 +10,10 @@ from opentelemetry.trace import Tracer
 
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.step_runner import MicroBatchOutcome
-from router_service.engine.step_telemetry import RequestTrace
+from router_service.engine.step_telemetry import PhaseObserver, RequestTrace
 from router_service.sampling.sampler import SampledToken
 from router_service.scheduling.block_hash import root_hash
+from router_service.scheduling.choice_record import ChoiceRecord
 from router_service.scheduling.scheduler import Scheduler
 from router_service.scheduling.sequence import Payload, SequenceStatus, completion_seed
 from router_service.scheduling.sequence import Sequence as TokenSequence
@@ -77,10 +78,12 @@ class RequestTracker:
         eos_token_ids: tuple[int, ...],
         sessions: SessionWriter | None,
         checkpoints: CheckpointWriter | None = None,
+        observe_phase: PhaseObserver | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._hub = hub
         self._tracer = tracer
+        self._observe_phase = observe_phase
         self._model_fingerprint = model_fingerprint
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sessions = sessions
@@ -117,7 +120,9 @@ class RequestTracker:
                 len(request.prompt_token_ids), now=now, priority=request.priority
             )
         sequences = self._make_sequences(request, arrived_at=now)
-        active = ActiveRequest(request, stream, sequences, RequestTrace(self._tracer, request))
+        active = ActiveRequest(
+            request, stream, sequences, RequestTrace(self._tracer, request, self._observe_phase)
+        )
         leader = sequences[0]
         is_missing = False
         if self.asks_store(request):
@@ -190,6 +195,9 @@ class RequestTracker:
                 self._fail_owner(sequence, token, culprit=sequence)
                 continue
             active = self._by_order[sequence.order]
+            if sequence.expert_choices is not None and entry.num_tokens:
+                chosen = outcome.expert_choices[sequence.order]
+                sequence.expert_choices.add(entry.start, chosen)
             self._commit(active, entry)
             if token is not None:
                 self._accept(active, sequence, token)
@@ -242,6 +250,7 @@ class RequestTracker:
                 priority=request.priority,
                 arrived_at=arrived_at,
                 is_resumed=bool(request.resumed),
+                expert_choices=_choice_record(request, resumed[index]),
             )
             for order, index in enumerate(unfinished, start=first)
         )
@@ -264,6 +273,10 @@ class RequestTracker:
         leader, block_size = active.sequences[0], self._scheduler.config.block_size
         for sibling in active.sequences[1:]:
             if sibling.status is SequenceStatus.HELD:
+                if sibling.expert_choices is not None and leader.expert_choices is not None:
+                    num_shared = min(leader.num_prompt_tokens, sibling.num_tokens - 1)
+                    num_shared -= num_shared % block_size
+                    sibling.expert_choices.adopt(leader.expert_choices, num_shared)
                 if self._has_session(active.request) and leader.num_saved_blocks is not None:
                     shared = leader.num_prompt_tokens // block_size
                     sibling.num_saved_blocks = min(leader.num_saved_blocks, shared)
@@ -288,6 +301,7 @@ class RequestTracker:
             sequence.append(token_id)
             if len(sequence.output_token_ids) >= params.max_tokens:
                 finish_reason = "length"
+        record = sequence.expert_choices
         has_logprob = params.logprobs is not None and sampled.logprob is not None and not is_stop
         self._hub.push(
             active.stream,
@@ -299,6 +313,7 @@ class RequestTracker:
                 stop_token_id=token_id if is_stop else None,
                 num_cached_tokens=min(sequence.num_cached_tokens, sequence.num_prompt_tokens),
                 num_restored_tokens=min(sequence.num_restored_tokens, sequence.num_prompt_tokens),
+                expert_choices=b"" if record is None else record.take(),
             ),
         )
         if finish_reason is not None:
@@ -359,3 +374,12 @@ class RequestTracker:
         if len(reasons) < len(active.sequences):
             reasons.append("aborted" if error is None else "error")
         active.trace.end(active.sequences, reasons, error)
+
+
+def _choice_record(request: GenerateRequest, resumed: ResumedChoice) -> ChoiceRecord | None:
+    """With each token that was emitted came the choices of all tokens before it."""
+    if not request.return_expert_choices:
+        return None
+    num_emitted = len(resumed.token_ids)
+    num_known = len(request.prompt_token_ids) + num_emitted - 1 if num_emitted else 0
+    return ChoiceRecord(num_known)

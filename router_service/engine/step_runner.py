@@ -8,14 +8,17 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from router_service.engine.batch_builder import build_batch, split_micro_batches
 from router_service.engine.expert_waits import LeftBehind
 from router_service.engine.micro_batch_chooser import MicroBatchChooser, StepCost, StepShape
+from router_service.engine.recording_experts import RecordingExperts
 from router_service.engine.step_timings import StepTimings, TimedExperts, TimesItsCalls
 from router_service.experts import (
     ExpertAvailability,
@@ -56,6 +59,9 @@ class MicroBatchOutcome:
 
     Entries in `left_behind` lacked an expert: of these, `entries` have no more than what was
     imported. `incidents` is what befell the micro-batch, where its experts tell.
+
+    `expert_choices` are uint8 [t, layers, K] of the tokens of each entry, by the order of its
+    sequence, where that wants to know them.
     """
 
     entries: Sequence[ScheduledSequence]
@@ -63,6 +69,7 @@ class MicroBatchOutcome:
     error: ExpertfleetError | None = None
     left_behind: Sequence[LeftBehind] = ()
     incidents: StepIncidents | None = None
+    expert_choices: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
 
 
 class StepRunner:
@@ -188,7 +195,9 @@ class StepRunner:
             return MicroBatchOutcome(entries=group, tokens=[None] * len(group))
         batch = build_batch(computing, self._block_size, self._device)
         timings.prepare_s += time.perf_counter() - start
-        experts = TimedExperts(self._experts, timings, run.on_dispatch)
+        is_recorded = any(entry.sequence.expert_choices is not None for entry in computing)
+        kind = RecordingExperts if is_recorded else TimedExperts
+        experts = kind(self._experts, timings, run.on_dispatch)
         logits: torch.Tensor | None = None
         with contextlib.suppress(NothingLeftError):
             logits = await self._decoder.forward(batch, self._kv_cache, experts, context)
@@ -199,6 +208,9 @@ class StepRunner:
             left_behind = _left_behind(computing, batch, incidents)
             logits = _without(logits, computing, left_behind)
             group = _what_is_left(group, left_behind)
+        expert_choices: Mapping[int, NDArray[np.uint8]] = {}
+        if isinstance(experts, RecordingExperts) and logits is not None:
+            expert_choices = _choices_by_order(computing, batch, experts.choices())
         sampling = [entry for entry in group if entry.samples]
         if sampling:
             assert logits is not None
@@ -209,6 +221,7 @@ class StepRunner:
             tokens=[next(drawn) if entry.samples else None for entry in group],
             left_behind=left_behind,
             incidents=incidents,
+            expert_choices=expert_choices,
         )
 
     def _row(self, entry: ScheduledSequence) -> SamplingRow:
@@ -242,6 +255,18 @@ class _StepRun:
     timings: StepTimings
     apply: Callable[[MicroBatchOutcome], None]
     on_dispatch: Callable[[], None]
+
+
+def _choices_by_order(
+    computing: Sequence[ScheduledSequence], batch: ForwardBatch, choices: NDArray[np.uint8]
+) -> dict[int, NDArray[np.uint8]]:
+    """Each asking entry's rows of `choices` [T, layers, K]."""
+    spans = zip(computing, batch.query_start, batch.query_start[1:], strict=False)
+    return {
+        entry.sequence.order: choices[first:last]
+        for entry, first, last in spans
+        if entry.sequence.expert_choices is not None
+    }
 
 
 def _left_behind(

@@ -20,12 +20,24 @@ from services.core import telemetry
 from services.core.generation import GenerateRequest
 from services.core.tracing import extract_context, record_span, span_carrier, span_context
 
+PHASE_QUEUE, PHASE_PREFILL, PHASE_DECODE = "queue", "prefill", "decode"
+
+PhaseObserver = Callable[[str, float, Span], None]
+"""Told of a phase that is over, its seconds, and the request's span."""
+
 
 class RequestTrace:
-    """`SPAN_GENERATE` of one request. Every call is nearly free when the trace is not recorded."""
+    """`SPAN_GENERATE` of one request, and the durations of its phases, which are measured whether
+    the trace is recorded or not. Nearly free where it is not."""
 
-    def __init__(self, tracer: Tracer, request: GenerateRequest) -> None:
+    def __init__(
+        self,
+        tracer: Tracer,
+        request: GenerateRequest,
+        observe_phase: PhaseObserver | None = None,
+    ) -> None:
         self._tracer = tracer
+        self._observe_phase = observe_phase
         self._start_ns = time.time_ns()
         self._scheduled_ns: int | None = None
         self._first_token_ns: int | None = None
@@ -53,20 +65,24 @@ class RequestTrace:
 
     def scheduled(self) -> None:
         """The first sequence was admitted; later calls change nothing."""
-        if self.is_recording and self._scheduled_ns is None:
+        if self._scheduled_ns is None:
             self._scheduled_ns = time.time_ns()
-            self._phase(telemetry.SPAN_QUEUE, self._start_ns, self._scheduled_ns)
+            self._observe(PHASE_QUEUE, self._start_ns, self._scheduled_ns)
+            if self.is_recording:
+                self._phase(telemetry.SPAN_QUEUE, self._start_ns, self._scheduled_ns)
 
     def first_token(self) -> None:
         """The first token was drawn; later calls change nothing."""
-        if self.is_recording and self._first_token_ns is None and self._scheduled_ns is not None:
+        if self._first_token_ns is None and self._scheduled_ns is not None:
             self._first_token_ns = time.time_ns()
-            self._phase(
-                telemetry.SPAN_PREFILL,
-                self._scheduled_ns,
-                self._first_token_ns,
-                {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
-            )
+            self._observe(PHASE_PREFILL, self._scheduled_ns, self._first_token_ns)
+            if self.is_recording:
+                self._phase(
+                    telemetry.SPAN_PREFILL,
+                    self._scheduled_ns,
+                    self._first_token_ns,
+                    {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
+                )
 
     def resent(self, resends: Sequence[Resend]) -> None:
         """Frames with tokens of this request were sent again."""
@@ -95,9 +111,11 @@ class RequestTrace:
         finish_reasons: Sequence[str],
         error: BaseException | None = None,
     ) -> None:
+        now = time.time_ns()
+        if self._first_token_ns is not None:
+            self._observe(PHASE_DECODE, self._first_token_ns, now)
         if not self.is_recording:
             return
-        now = time.time_ns()
         num_output_tokens = sum(len(sequence.output_token_ids) for sequence in sequences)
         if self._first_token_ns is not None:
             self._phase(
@@ -117,6 +135,11 @@ class RequestTrace:
         if error is not None:
             self.span.set_status(StatusCode.ERROR, str(error))
         self.span.end(end_time=now)
+
+    def _observe(self, phase: str, start_ns: int, end_ns: int) -> None:
+        if self._observe_phase is not None:
+            # The wall clock may be set back in between.
+            self._observe_phase(phase, max(0, end_ns - start_ns) / 1e9, self.span)
 
     def _phase(
         self,

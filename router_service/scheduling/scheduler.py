@@ -292,7 +292,7 @@ class Scheduler:
 
     def _plan_imports(self, sequence: Sequence, first: int) -> None:
         """Queue the restored payloads that continue the blocks found in the cache."""
-        for index in range(first, self._full_blocks_to_match(sequence)):
+        for index in range(first, sequence.num_reusable_blocks(self.config.block_size)):
             payload = sequence.restored.get(index)
             if payload is None:
                 break
@@ -326,12 +326,9 @@ class Scheduler:
             + sum(_unprefilled(item) for item in self._running if item.rank < place)
         )
 
-    def _full_blocks_to_match(self, sequence: Sequence) -> int:
-        """Full blocks before the last token, which is always computed: its logits are wanted."""
-        return (sequence.num_tokens - 1) // self.config.block_size
-
     def _hashes_to_match(self, sequence: Sequence) -> list[bytes]:
-        return sequence.block_hashes(self._full_blocks_to_match(sequence), self.config.block_size)
+        block_size = self.config.block_size
+        return sequence.block_hashes(sequence.num_reusable_blocks(block_size), block_size)
 
 
 @dataclass(slots=True, kw_only=True)

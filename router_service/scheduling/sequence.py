@@ -10,6 +10,7 @@ from enum import Enum
 from hashlib import blake2b
 
 from router_service.scheduling.block_hash import block_hash
+from router_service.scheduling.choice_record import ChoiceRecord
 from router_service.scheduling.rank import rank
 from services.core.generation import SamplingParams
 
@@ -32,11 +33,13 @@ class Sequence:
     comes first. `seed` is the
     64-bit seed of this completion. `token_ids` is prompt + output; of these, the KV of the first
     `num_computed_tokens` is in the blocks of `block_table`. The first `num_resumed_tokens` of the
-    output came with the request, from a shard that was lost.
+    output came with the request, from a shard that was lost. `expert_choices` is there when the
+    gate's choices are to be told.
     """
 
     __slots__ = (
         "block_table",
+        "expert_choices",
         "hashes",
         "index",
         "num_cached_tokens",
@@ -74,6 +77,7 @@ class Sequence:
         priority: int = 0,
         arrived_at: float = 0.0,
         is_resumed: bool = False,
+        expert_choices: ChoiceRecord | None = None,
     ) -> None:
         self.order = order
         self.rank = rank(
@@ -105,6 +109,7 @@ class Sequence:
         self.pending_imports: deque[tuple[int, Payload]] = deque()
         """(block_id, payload) that must be imported before tokens are computed."""
         self.waiting_cost = 0
+        self.expert_choices = expert_choices
 
     @property
     def num_tokens(self) -> int:
@@ -118,6 +123,14 @@ class Sequence:
             and self.num_computed_tokens == len(self.token_ids) - 1
             and not self.pending_imports
         )
+
+    def num_reusable_blocks(self, block_size: int) -> int:
+        """Full blocks whose KV may come from elsewhere: those before the last token, which is
+        always computed as its logits are wanted, and of which no choice of experts is missing."""
+        num_tokens = len(self.token_ids) - 1
+        if self.expert_choices is not None:
+            num_tokens = min(num_tokens, self.expert_choices.num_tokens)
+        return num_tokens // block_size
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

@@ -61,6 +61,10 @@ class GenerateRequest:
     `sampling`, seed included, which therefore must be given. Only new tokens are emitted.
 
     The lower the `priority`, the earlier it is served: `MIN_PRIORITY` to `MAX_PRIORITY`.
+
+    With `return_expert_choices` deltas tell which experts the gate chose for each token that was
+    run through the model, so cached KV is only used for tokens of which that is known: of a
+    resumed completion all but the last token, since the shard before has told them.
     """
 
     request_id: str
@@ -73,6 +77,7 @@ class GenerateRequest:
     trace_context: Mapping[str, str] = field(default_factory=dict)
     resumed: tuple[ResumedChoice, ...] = ()
     priority: int = 0
+    return_expert_choices: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +99,10 @@ class GenerationDelta:
     A token that ended the completion (end of sequence or a stop id) is not among `token_ids`; it is
     `stop_token_id`. `num_cached_tokens` counts prompt tokens whose KV was not recomputed, of which
     `num_restored_tokens` came from the session store.
+
+    `expert_choices`, where they were asked for, are uint8 [t, layers, experts a token], the
+    gate's favourite first, of the t tokens of prompt and completion that follow those told before.
+    A delta with tokens tells all before the last one it brings.
     """
 
     index: int
@@ -103,6 +112,7 @@ class GenerationDelta:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     num_restored_tokens: int = 0
+    expert_choices: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

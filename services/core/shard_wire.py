@@ -41,6 +41,7 @@ def request_to_proto(request: GenerateRequest) -> shards_pb2.GenerateRequest:
             for choice in request.resumed
         ],
         priority=request.priority,
+        return_expert_choices=request.return_expert_choices,
     )
 
 
@@ -59,6 +60,7 @@ def request_from_proto(message: shards_pb2.GenerateRequest) -> GenerateRequest:
             for choice in message.resumed
         ),
         priority=message.priority,
+        return_expert_choices=message.return_expert_choices,
     )
 
 
@@ -109,6 +111,7 @@ def delta_to_proto(delta: GenerationDelta) -> shards_pb2.GenerationDelta:
         stop_token_id=delta.stop_token_id,
         num_cached_tokens=delta.num_cached_tokens,
         num_restored_tokens=delta.num_restored_tokens,
+        expert_choices=delta.expert_choices,
     )
 
 
@@ -121,6 +124,7 @@ def delta_from_proto(message: shards_pb2.GenerationDelta) -> GenerationDelta:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
         num_restored_tokens=message.num_restored_tokens,
+        expert_choices=message.expert_choices,
     )
 
 

@@ -21,7 +21,17 @@ from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 AttributeValue = str | bool | int | float | tuple[str | bool | int | float, ...]
 
 _FOLDER_FILES = 64
+_TRACE_ID_AT = slice(len('{"trace_id":"'), len('{"trace_id":"') + 32)
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanEvent:
+    """Something that happened during a span; `at_ns` is a Unix time."""
+
+    name: str
+    at_ns: int
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +51,7 @@ class SpanRecord:
     end_ns: int
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     links: tuple[tuple[str, str], ...] = ()
+    events: tuple[SpanEvent, ...] = ()
     error: str = ""
 
     @property
@@ -57,7 +68,7 @@ def read_spans(folder: Path) -> Iterator[SpanRecord]:
     for path in paths:
         try:
             with path.open("rb") as lines:
-                yield from _parse_lines(lines)
+                yield from filter(None, map(parse_line, lines))
         except FileNotFoundError:
             continue
 
@@ -148,13 +159,18 @@ def _chunks(lines: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
         yield b"".join(piece)
 
 
-def _prune(folder: Path, *, keep: int) -> None:
-    """Delete the trace files written longest ago, so that restarts do not fill the disk."""
+def list_files(folder: Path) -> list[Path]:
+    """The span files of a folder, that written last first."""
     ages: list[tuple[float, Path]] = []
     for path in folder.glob("*.jsonl*"):
-        with suppress(FileNotFoundError):  # another process prunes too
+        with suppress(FileNotFoundError):  # another process prunes the folder
             ages.append((path.stat().st_mtime, path))
-    for _, path in sorted(ages, reverse=True)[keep:]:
+    return [path for _, path in sorted(ages, reverse=True)]
+
+
+def _prune(folder: Path, *, keep: int) -> None:
+    """Delete the trace files written longest ago, so that restarts do not fill the disk."""
+    for path in list_files(folder)[keep:]:
         path.unlink(missing_ok=True)
 
 
@@ -175,17 +191,26 @@ def _encode(span: ReadableSpan) -> bytes:
             for link in span.links
         ],
     }
+    if span.events:
+        record["events"] = [
+            (event.name, event.timestamp, dict(event.attributes or {})) for event in span.events
+        ]
     if span.status.status_code is StatusCode.ERROR:
         record["error"] = span.status.description or "error"
     return json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
 
 
-def _parse_lines(lines: Iterable[bytes]) -> Iterator[SpanRecord]:
-    for line in lines:
-        try:
-            yield _parse(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            continue
+def parse_line(line: bytes) -> SpanRecord | None:
+    """None for a line that cannot be read."""
+    try:
+        return _parse(json.loads(line))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def trace_id_of_line(line: bytes) -> str:
+    """The trace id of a line as it is written here, without parsing it; of another line, noise."""
+    return line[_TRACE_ID_AT].decode("ascii", "replace")
 
 
 def _parse(record: dict[str, Any]) -> SpanRecord:
@@ -198,10 +223,17 @@ def _parse(record: dict[str, Any]) -> SpanRecord:
         instance=str(record["instance"]),
         start_ns=int(record["start_ns"]),
         end_ns=int(record["end_ns"]),
-        attributes={
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in record["attributes"].items()
-        },
+        attributes=_attributes(record["attributes"]),
         links=tuple((str(trace_id), str(span_id)) for trace_id, span_id in record["links"]),
+        events=tuple(
+            SpanEvent(name=str(name), at_ns=int(at_ns), attributes=_attributes(attributes))
+            for name, at_ns, attributes in record.get("events", ())
+        ),
         error=str(record.get("error", "")),
     )
+
+
+def _attributes(values: dict[str, Any]) -> dict[str, AttributeValue]:
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }

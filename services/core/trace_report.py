@@ -163,6 +163,13 @@ def trace_tree(spans: Iterable[SpanRecord], trace_id: str) -> list[TreeRow]:
     return rows
 
 
+def subtree_of(root: SpanRecord, spans: Iterable[SpanRecord]) -> list[SpanRecord]:
+    """`root` and all of its trace that are below it, parents before their children, which are by
+    start."""
+    children = _tree([span for span in spans if span.trace_id == root.trace_id])[1]
+    return _subtree(root, children)
+
+
 def _by_trace(spans: Iterable[SpanRecord]) -> dict[str, list[SpanRecord]]:
     traces: dict[str, list[SpanRecord]] = defaultdict(list)
     for span in spans:

@@ -5,6 +5,7 @@ The routes say how a choice is written (`AnswerFormat`); the rest is the same fo
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -18,12 +19,16 @@ from services.core.generation import FinishReason
 from services.gateway.boundary import RequestInfo, request_info
 from services.gateway.choice import ChoiceUpdate, PlacedLogprob
 from services.gateway.disconnect import run_until_disconnect
+from services.gateway.expert_choices import Gates, expert_choices_json
 from services.gateway.gateway import Gateway
 from services.gateway.generation import Generation
 from services.gateway.generation_request import recorded
 from services.gateway.schemas.common import GenerationBody
+from services.gateway.served_model import ServedModel
 from services.gateway.sse import DONE_EVENT, EventStreamResponse, EventTemplate, dumps
 from services.gateway.usage import usage_json
+
+_PIECE_ITEMS = 64
 
 
 @dataclass(slots=True)
@@ -34,6 +39,7 @@ class WholeChoice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PlacedLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    expert_choices: bytearray = field(default_factory=bytearray)
 
 
 class AnswerFormat(Protocol):
@@ -74,15 +80,21 @@ async def answer(
         events = _events(gateway, generation, answer_format, template, info, body.include_usage)
         return EventStreamResponse(events, info, timeout_s=timeout_s)
     work = _gather(gateway, generation, answer_format, info)
-    choices = await run_until_disconnect(request.receive, work, timeout_s=timeout_s)
+    wholes = await run_until_disconnect(request.receive, work, timeout_s=timeout_s)
     fields["object"] = answer_format.object_name
+    choices = [answer_format.whole_choice(index, whole) for index, whole in enumerate(wholes)]
     content = fields | {"choices": choices, "usage": usage_json(generation.usage)}
-    return Response(dumps(content).encode(), media_type="application/json")
+    if body.return_expert_choices:
+        # Up to a million ids: not on the event loop.
+        encoded = await asyncio.to_thread(_with_experts, content, gateway.model, generation, wholes)
+    else:
+        encoded = dumps(content).encode()
+    return Response(encoded, media_type="application/json")
 
 
 async def _gather(
     gateway: Gateway, generation: Generation, answer_format: AnswerFormat, info: RequestInfo
-) -> list[dict[str, Any]]:
+) -> list[WholeChoice]:
     texts: list[list[str]] = [[] for _ in generation.choices]
     wholes = [WholeChoice() for _ in generation.choices]
     with recorded(gateway, generation, info, operation=answer_format.operation):
@@ -94,9 +106,44 @@ async def _gather(
                     whole.token_ids += update.token_ids
                     whole.logprobs += update.logprobs
                     whole.finish_reason = update.finish_reason
+                    whole.expert_choices += update.expert_choices
     for whole, parts in zip(wholes, texts, strict=True):
         whole.text = "".join(parts)
-    return [answer_format.whole_choice(index, whole) for index, whole in enumerate(wholes)]
+    return wholes
+
+
+def _with_experts(
+    content: dict[str, Any],
+    model: ServedModel,
+    generation: Generation,
+    wholes: Sequence[WholeChoice],
+) -> bytes:
+    """The answer's JSON with `expert_choices` in every choice."""
+    gates = Gates.of(model.config)
+    prompts = [run.request.prompt_token_ids for run in generation.runs for _ in run.choices]
+    for choice, whole, prompt in zip(content["choices"], wholes, prompts, strict=True):
+        choice["expert_choices"] = expert_choices_json(
+            bytes(whole.expert_choices),
+            gates,
+            prompt_token_ids=prompt,
+            completion_token_ids=whole.token_ids,
+            token_bytes=model.tokenizer.token_bytes if model.tokenizer else None,
+        )
+    return dumps_in_pieces(content).encode()
+
+
+def dumps_in_pieces(value: Any) -> str:
+    """As `dumps`, which keeps all other threads waiting while it writes, but bit by bit."""
+    match value:
+        case dict():
+            members = (f"{dumps(name)}:{dumps_in_pieces(item)}" for name, item in value.items())
+            return "{" + ",".join(members) + "}"
+        case [dict(), *_]:
+            return "[" + ",".join(map(dumps_in_pieces, value)) + "]"
+        case list() if len(value) > _PIECE_ITEMS:
+            return "[" + ",".join(map(dumps, value)) + "]"
+        case _:
+            return dumps(value)
 
 
 async def _events(

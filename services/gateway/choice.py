@@ -24,6 +24,7 @@ class ChoiceUpdate:
     """What became certain of choice `index` since its last update.
 
     `token_ids` are the tokens as they were generated, also where their text is still held back.
+    `expert_choices` follow those of the update before; see `GenerationDelta`.
     """
 
     index: int
@@ -31,6 +32,7 @@ class ChoiceUpdate:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PlacedLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    expert_choices: bytes = b""
 
     @property
     def is_empty(self) -> bool:
@@ -87,6 +89,7 @@ class Choice:
             token_ids=delta.token_ids[:num_taken],
             logprobs=self._release_logprobs(is_stopped),
             finish_reason=self.finish_reason,
+            expert_choices=delta.expert_choices,
         )
 
     def _take_tokens(self, delta: GenerationDelta) -> tuple[str, int, bool]:

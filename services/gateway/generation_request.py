@@ -11,10 +11,12 @@ from starlette.requests import Request
 
 from services.core import telemetry
 from services.core.errors import InvalidRequestError
+from services.core.expert_choices import check_expert_choices
 from services.core.generation import GenerateRequest
 from services.core.tracing import span_carrier
 from services.gateway.boundary import RequestInfo
 from services.gateway.choice import Choice
+from services.gateway.console.activity import Served
 from services.gateway.gateway import Gateway
 from services.gateway.generation import Generation, PromptRun
 from services.gateway.resubmission import Resubmission
@@ -63,6 +65,7 @@ def build_generation(
             session_ttl_s=body.session_ttl_s,
             trace_context=carrier,
             priority=body.priority or 0,
+            return_expert_choices=bool(body.return_expert_choices),
         )
         choices = [
             Choice(
@@ -74,6 +77,10 @@ def build_generation(
             for index in range(request.n)
         ]
         runs.append(PromptRun(request, choices, _observer(gateway, info)))
+    if body.return_expert_choices:
+        requests = [run.request for run in runs]
+        longest = [len(r.prompt_token_ids) + r.sampling.max_tokens for r in requests]
+        check_expert_choices(model.config, sum(longest) * body.num_choices_per_prompt)
     return Generation(gateway.shards, runs, info.stop_waiting)
 
 
@@ -127,9 +134,26 @@ def recorded(
     try:
         yield
     finally:
-        gateway.metrics.observe_generation(generation, info.started_at)
+        gateway.metrics.observe_generation(generation, info.started_at, info.span)
+        info.served = _served(gateway, generation, info)
         if info.span.is_recording():
             info.span.set_attributes(_span_attributes(gateway, generation, operation))
+
+
+def _served(gateway: Gateway, generation: Generation, info: RequestInfo) -> Served:
+    usage, first_at, last_at = generation.usage, generation.first_token_at, generation.last_token_at
+    ttft_s = tpot_s = None
+    if first_at is not None and last_at is not None:
+        ttft_s = first_at - info.started_at
+        num_intervals = max(choice.num_tokens for choice in generation.choices) - 1
+        tpot_s = (last_at - first_at) / num_intervals if num_intervals > 0 else None
+    return Served(
+        model=gateway.model.name,
+        num_prompt_tokens=usage.prompt_tokens,
+        num_generated_tokens=usage.completion_tokens,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+    )
 
 
 def _span_attributes(

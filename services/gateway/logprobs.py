@@ -17,11 +17,14 @@ def completion_logprobs(
     `text_offset` counts characters of the choice's `text`. The alternatives include the chosen
     token. Bytes that are no text by themselves are written as `bytes:\\xe4\\xbd`.
     """
-    names = [_name(entry.token.token_id, token_bytes, "bytes:") for entry in entries]
+    names = [token_name(entry.token.token_id, token_bytes, "bytes:") for entry in entries]
     alternatives: list[dict[str, float]] | None = None
     if num_alternatives:
         alternatives = [
-            {_name(token_id, token_bytes, "bytes:"): logprob for token_id, logprob in e.token.top}
+            {
+                token_name(token_id, token_bytes, "bytes:"): logprob
+                for token_id, logprob in e.token.top
+            }
             | {name: e.token.logprob}
             for name, e in zip(names, entries, strict=True)
         ]
@@ -49,14 +52,15 @@ def chat_logprobs(
 
 def _chat_token(token_id: int, logprob: float, token_bytes: TokenBytes | None) -> dict[str, Any]:
     return {
-        "token": _name(token_id, token_bytes, ""),
+        "token": token_name(token_id, token_bytes, ""),
         "logprob": logprob,
         "bytes": list(token_bytes.piece(token_id)) if token_bytes else None,
     }
 
 
-def _name(token_id: int, token_bytes: TokenBytes | None, bytes_prefix: str) -> str:
-    """The token's text; its bytes escaped where they are no text; its id without a tokeniser."""
+def token_name(token_id: int, token_bytes: TokenBytes | None, bytes_prefix: str) -> str:
+    """How a token is written: its text; its bytes, escaped, where they are none; without a
+    tokeniser its id."""
     raw = token_bytes.piece(token_id) if token_bytes else b""
     if not raw:
         return f"token_id:{token_id}"

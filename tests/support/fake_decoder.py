@@ -221,6 +221,7 @@ def fake_request(prompt: Sequence[int], max_tokens: int = 8, **options: Any) -> 
             "request_id",
             "resumed",
             "priority",
+            "return_expert_choices",
         )
         if name in options
     }
@@ -237,6 +238,7 @@ class Completion:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     num_restored_tokens: int = 0
+    expert_choices: bytes = b""
 
 
 async def collect(deltas: AsyncIterator[tuple[GenerationDelta, ...]]) -> list[Completion]:
@@ -251,4 +253,5 @@ async def collect(deltas: AsyncIterator[tuple[GenerationDelta, ...]]) -> list[Co
             completion.stop_token_id = delta.stop_token_id
             completion.num_cached_tokens = delta.num_cached_tokens
             completion.num_restored_tokens = delta.num_restored_tokens
+            completion.expert_choices += delta.expert_choices
     return [by_index[index] for index in sorted(by_index)]

@@ -105,6 +105,9 @@ class GenerationBody(BaseModel):
         None, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the lower, the earlier; default 0"
     )
     return_token_ids: bool | None = Field(None, description="add token_ids to every choice")
+    return_expert_choices: bool | None = Field(
+        None, description="add expert_choices to every choice: the experts of each token by layer"
+    )
 
     user: Any = None
     metadata: Any = None
@@ -130,7 +133,11 @@ class GenerationBody(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
+    def _fields_agree_with_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise conflict("stream_options", "only allowed together with stream=true")
+        if self.return_expert_choices and self.stream:
+            raise conflict(
+                "return_expert_choices", "not supported together with stream=true; leave one out"
+            )
         return self

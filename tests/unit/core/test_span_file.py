@@ -183,3 +183,15 @@ def test_restarts_do_not_fill_the_folder(tracer: trace.Tracer, tmp_path: Path) -
     assert {"svc-new.jsonl", "svc-99.jsonl", "notes.txt"} <= names
     assert "svc-0.jsonl" not in names
     assert len(names) == 66
+
+
+def test_events_of_a_span_are_read_back(tracer: trace.Tracer, tmp_path: Path) -> None:
+    span = tracer.start_span("eventful", context=Context())
+    span.add_event("lost", {"reason": "died", "ids": [1, 2]}, timestamp=1_700_000_000_000_000_007)
+    span.end()
+    assert isinstance(span, ReadableSpan)
+    SpanFileExporter(tmp_path / "svc-i1.jsonl", max_bytes=1 << 20).export([span])
+    (record,) = read_spans(tmp_path)
+    (event,) = record.events
+    assert (event.name, event.at_ns) == ("lost", 1_700_000_000_000_000_007)
+    assert event.attributes == {"reason": "died", "ids": (1, 2)}
