@@ -18,6 +18,9 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from services.core.errors import ExpertfleetError, UnavailableError
+from services.core.settings import load_settings
+from services.core.tls import PeerTls, open_channel, peer_tls
+from services.core.tls_diagnosis import unreachable
 from services.core.worker_control import drain_worker
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
@@ -25,9 +28,9 @@ DEFAULT_ENDPOINT = "127.0.0.1:50051"
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
-async def check_health(endpoint: str, *, timeout_s: float) -> None:
+async def check_health(endpoint: str, *, timeout_s: float, tls: PeerTls | None = None) -> None:
     """Raise `UnavailableError` unless the worker at host:port says SERVING."""
-    async with grpc.aio.insecure_channel(endpoint, [("grpc.enable_http_proxy", 0)]) as channel:
+    async with open_channel(endpoint, tls, [("grpc.enable_http_proxy", 0)]) as channel:
         check = channel.unary_unary(
             HEALTH_METHOD,
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -36,14 +39,15 @@ async def check_health(endpoint: str, *, timeout_s: float) -> None:
         try:
             answer = await check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            text = error.details() or error.code().name
-            raise UnavailableError(f"worker {endpoint}: {text}", endpoint=endpoint) from error
+            text = f"worker {endpoint}: {error.details() or error.code().name}"
+            raise await unreachable("worker", endpoint, tls, otherwise=text) from error
     if answer.status != _SERVING:
         name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         raise UnavailableError(f"worker {endpoint}: {name}", endpoint=endpoint)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Certificates are those of the settings, if they name any."""
     parser = argparse.ArgumentParser(prog="python -m expert_service.probe")
     parser.add_argument("what", choices=["health", "drain"])
     parser.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="host:port of the worker")
@@ -53,12 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout-s", type=float, default=4.0)
     given = parser.parse_args(arguments)
     try:
+        tls = peer_tls(load_settings())
         for endpoint in _addresses(given.endpoint) if given.every_address else [given.endpoint]:
             if given.what == "health":
-                asyncio.run(check_health(endpoint, timeout_s=given.timeout_s))
+                asyncio.run(check_health(endpoint, timeout_s=given.timeout_s, tls=tls))
                 sys.stdout.write(f"{endpoint} serves\n")
             else:
-                asyncio.run(drain_worker(endpoint, timeout_s=given.timeout_s))
+                asyncio.run(drain_worker(endpoint, timeout_s=given.timeout_s, tls=tls))
     except ExpertfleetError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1

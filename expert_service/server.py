@@ -15,6 +15,7 @@ from expert_service.dispatch import DispatchService
 from protos import experts_pb2
 from services.core.errors import ConfigurationError
 from services.core.grpc_options import SERVICE_NAME, server_options
+from services.core.tls import PeerTls, bind_port
 
 Describe = Callable[
     [experts_pb2.DescribeRequest, grpc.aio.ServicerContext[object, object]],
@@ -35,7 +36,9 @@ class WorkerServer:
         describe: Describe,
         control: WorkerControl | None = None,
         max_frame_bytes: int,
+        tls: PeerTls | None = None,
     ) -> None:
+        self._tls = tls
         self._server = grpc.aio.server(options=server_options(max_frame_bytes))
         self._server.add_generic_rpc_handlers((_handlers(dispatch, describe, control),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -47,7 +50,7 @@ class WorkerServer:
         """Listen; 0 takes a free port. Returns the port; raises `ConfigurationError` if in use."""
         await self.set_serving(False)
         try:
-            bound_port = self._server.add_insecure_port(join_host_port(host, port))
+            bound_port = bind_port(self._server, join_host_port(host, port), self._tls)
         except RuntimeError as error:
             raise ConfigurationError(
                 f"the worker cannot listen on {host}:{port} ({error}); choose another port",

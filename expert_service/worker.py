@@ -30,6 +30,7 @@ from services.core.lease import Lease
 from services.core.registry import Registry, WorkerRecord, WorkerStateName
 from services.core.settings import Settings
 from services.core.tensor_codec import DTYPE_TO_PROTO
+from services.core.tls import peer_tls
 
 _STOP_GRACE_S = 0.5
 _logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class ExpertWorker:
         self._started_at = time.time()
         self._port = 0
         self._lane: WorkerLane | None = None
+        self._tls = peer_tls(settings)
         self._stop = asyncio.Event()
         self._draining_announced = asyncio.Event()
         self._slots = SlotControl(
@@ -95,6 +97,7 @@ class ExpertWorker:
             describe=self._describe,
             control=WorkerControl(self._slots, self.drain),
             max_frame_bytes=settings.max_frame_bytes,
+            tls=self._tls,
         )
         self._lease = registry and Lease(
             registry,
@@ -120,7 +123,7 @@ class ExpertWorker:
         """
         options = self._options
         self._port = await self._server.start(options.host, options.port)
-        if self._settings.dispatch_lane:
+        if self._settings.dispatch_lane and self._tls is None:  # lanes are plain TCP
             self._lane = WorkerLane.start(
                 options.host,
                 self._settings.lane_port,
@@ -202,6 +205,12 @@ class ExpertWorker:
     def _record(self) -> WorkerRecord:
         means = self._stats.read_interval()
         experts = self._slots.experts
+        memory_free_bytes = self._slots.memory_free_bytes()
+        self._stats.show_held(
+            num_slots=len(experts.digests) if experts else 0,
+            weight_bytes=experts.weight_bytes if experts else 0,
+            memory_free_bytes=memory_free_bytes,
+        )
         return WorkerRecord(
             worker_id=self._options.worker_id,
             endpoint=self.endpoint,
@@ -212,7 +221,7 @@ class ExpertWorker:
             host=socket.gethostname(),
             started_at=self._started_at,
             weight_bytes=experts.weight_bytes if experts else 0,
-            memory_free_bytes=self._slots.memory_free_bytes(),
+            memory_free_bytes=memory_free_bytes,
             metrics_endpoint=self._metrics_endpoint,
             tokens=self._stats.tokens(),
             queue_ms=means.queue_ms,

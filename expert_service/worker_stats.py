@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from expert_service.compute import Outcome
 from protos import experts_pb2
+from services.core.busy_window import BusyWindow
 from services.core.deferred_observations import DeferredObservations
-from services.core.metrics import CALL_BUCKETS_S, ROWS_BUCKETS
+from services.core.metrics import BUSY_WINDOW_S, CALL_BUCKETS_S, ROWS_BUCKETS
 from services.core.registry import Slot
 from services.core.telemetry import (
     METRIC_WORKER_BATCH_ROWS,
     METRIC_WORKER_BUSY,
+    METRIC_WORKER_BUSY_RATIO,
     METRIC_WORKER_COMPUTE,
     METRIC_WORKER_FRAMES,
     METRIC_WORKER_LOAD,
+    METRIC_WORKER_MEMORY_FREE,
     METRIC_WORKER_QUEUE,
+    METRIC_WORKER_SLOTS,
     METRIC_WORKER_SLOTS_LOADED,
     METRIC_WORKER_SLOTS_UNLOADED,
     METRIC_WORKER_TOKENS,
+    METRIC_WORKER_WEIGHT_BYTES,
 )
+from services.core.tracing import traceparent_exemplar
 
 _LOAD_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -40,7 +47,10 @@ class IntervalMeans:
 class WorkerStats:
     """Used from the event loop; the metrics endpoint's thread only reads."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._tokens: dict[Slot, int] = {}
         self._num_frames = 0
         self._read_frames = 0
@@ -75,8 +85,16 @@ class WorkerStats:
             registry=None,
         )
         self._busy_us = 0
+        self._busy = BusyWindow(BUSY_WINDOW_S, started_at=clock())
         self._sources: list[Callable[[], None]] = []
-        registry.register(_BusyCollector(lambda: self.busy_s))
+        registry.register(_BusyCollector(lambda: self.busy_s, self.busy_ratio))
+        self._held = Gauge(METRIC_WORKER_SLOTS, "Slots (layer, expert) held", registry=registry)
+        self._weight_bytes = Gauge(
+            METRIC_WORKER_WEIGHT_BYTES, "Bytes of the weights held", registry=registry
+        )
+        self._memory_free = Gauge(
+            METRIC_WORKER_MEMORY_FREE, "Bytes that further slots may take", registry=registry
+        )
         self._slots_loaded = Counter(
             METRIC_WORKER_SLOTS_LOADED, "Slots loaded at run time", registry=registry
         )
@@ -111,6 +129,17 @@ class WorkerStats:
     def record_busy(self, compute_us: int) -> None:
         """A computation is over, of one frame or several together."""
         self._busy_us += compute_us
+        self._busy.add(compute_us / 1e6, ended_at=self._clock())
+
+    def busy_ratio(self) -> float:
+        """Share of the last `BUSY_WINDOW_S` seconds spent computing, 0 to 1."""
+        return self._busy.ratio(self._clock())
+
+    def show_held(self, *, num_slots: int, weight_bytes: int, memory_free_bytes: int) -> None:
+        """What the lease says of memory; called whenever a lease is written."""
+        self._held.set(num_slots)
+        self._weight_bytes.set(weight_bytes)
+        self._memory_free.set(memory_free_bytes)
 
     def record_loaded(self, num_slots: int, elapsed_s: float) -> None:
         self._slots_loaded.inc(num_slots)
@@ -132,6 +161,7 @@ class WorkerStats:
             queue_us=outcome.queue_us,
             compute_us=outcome.compute_us,
             batch_rows=outcome.batch_rows,
+            traceparent=outcome.job.frame.traceparent,
         )
 
     def record_frame(
@@ -143,8 +173,10 @@ class WorkerStats:
         queue_us: int,
         compute_us: int,
         batch_rows: int,
+        traceparent: str = "",
     ) -> None:
-        """A frame was computed and answered; `batch_rows` assignments together with it."""
+        """A frame was computed and answered; `batch_rows` assignments together with it.
+        `traceparent` is the sender's span, where its step is sampled."""
         for expert, count in zip(expert_ids, rows_per_expert, strict=True):
             slot = (layer, expert)
             self._tokens[slot] = self._tokens.get(slot, 0) + count
@@ -152,12 +184,13 @@ class WorkerStats:
         self._interval_queue_us += queue_us
         self._interval_compute_us += compute_us
         self._frames_by_status[experts_pb2.DISPATCH_STATUS_OK].inc()
-        self._computed.add((queue_us, compute_us, batch_rows))
+        self._computed.add((queue_us, compute_us, batch_rows, traceparent))
 
-    def _observe(self, figures: tuple[int, int, int]) -> None:
-        queue_us, compute_us, batch_rows = figures
-        self._queue.observe(queue_us / 1e6)
-        self._compute.observe(compute_us / 1e6)
+    def _observe(self, figures: tuple[int, int, int, str]) -> None:
+        queue_us, compute_us, batch_rows, traceparent = figures
+        exemplar = traceparent_exemplar(traceparent) if traceparent else None
+        self._queue.observe(queue_us / 1e6, exemplar)
+        self._compute.observe(compute_us / 1e6, exemplar)
         self._batch_rows.observe(batch_rows)
 
     def record_refused(self, status: experts_pb2.DispatchStatus) -> None:
@@ -178,15 +211,21 @@ class WorkerStats:
 
 
 class _BusyCollector(Collector):
-    """Reads the seconds when scraped."""
+    """Reads the seconds and the ratio when scraped."""
 
-    def __init__(self, read_busy_s: Callable[[], float]) -> None:
+    def __init__(self, read_busy_s: Callable[[], float], read_ratio: Callable[[], float]) -> None:
         self._read_busy_s = read_busy_s
+        self._read_ratio = read_ratio
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(METRIC_WORKER_BUSY, "Seconds of computing")
         family.add_metric([], self._read_busy_s())
         yield family
+        yield GaugeMetricFamily(
+            METRIC_WORKER_BUSY_RATIO,
+            f"Share of the last {BUSY_WINDOW_S:g} seconds spent computing",
+            value=self._read_ratio(),
+        )
 
 
 class _TokenCollector(Collector):

@@ -8,14 +8,26 @@ from router_service.dispatch.worker_link import GrpcTransport
 from services.core.errors import ConfigurationError
 from services.core.kernels.library import native_library
 from services.core.settings import DispatchTransportName
+from services.core.tls import PeerTls
 
 
-def chosen_transport(name: DispatchTransportName, *, max_frame_bytes: int) -> ExpertTransport:
-    """auto: lanes to workers that offer them, if the native library was built here.
+def chosen_transport(
+    name: DispatchTransportName, *, max_frame_bytes: int, tls: PeerTls | None = None
+) -> ExpertTransport:
+    """auto: lanes to workers that offer them, if the native library was built here. With `tls`
+    never, for lanes are plain TCP.
 
-    Raises `ConfigurationError` where lanes are asked for and it was not.
+    Raises `ConfigurationError` where lanes are asked for and cannot be.
     """
-    grpc = GrpcTransport(max_frame_bytes=max_frame_bytes)
+    grpc = GrpcTransport(max_frame_bytes=max_frame_bytes, tls=tls)
+    if tls is not None:
+        if name == "lane":
+            raise ConfigurationError(
+                "EXPERTFLEET_DISPATCH_TRANSPORT=lane is plain TCP and cannot be had together with "
+                "certificates (EXPERTFLEET_TLS_*); use auto",
+                setting="dispatch_transport",
+            )
+        return grpc
     library = native_library()
     if name == "grpc" or (name == "auto" and library is None):
         return grpc

@@ -11,8 +11,10 @@ import grpc.aio
 from protos import experts_pb2
 from router_service.dispatch.transport import OnAnswer
 from services.core.describe import describe_worker
-from services.core.errors import MalformedFrameError, UnavailableError
+from services.core.errors import MalformedFrameError
 from services.core.grpc_options import DISPATCH_METHOD, channel_options
+from services.core.tls import PeerTls, open_channel
+from services.core.tls_diagnosis import unreachable
 from services.core.wire import decode_response
 
 logger = logging.getLogger(__name__)
@@ -21,11 +23,14 @@ logger = logging.getLogger(__name__)
 class GrpcTransport:
     """An `ExpertTransport` over grpc.aio."""
 
-    def __init__(self, *, max_frame_bytes: int) -> None:
+    def __init__(self, *, max_frame_bytes: int, tls: PeerTls | None = None) -> None:
         self._max_frame_bytes = max_frame_bytes
+        self._tls = tls
 
     def open(self, endpoint: str, on_broken: Callable[[str], None]) -> GrpcWorkerLink:
-        return GrpcWorkerLink(endpoint, on_broken, max_frame_bytes=self._max_frame_bytes)
+        return GrpcWorkerLink(
+            endpoint, on_broken, max_frame_bytes=self._max_frame_bytes, tls=self._tls
+        )
 
 
 class GrpcWorkerLink:
@@ -36,7 +41,12 @@ class GrpcWorkerLink:
     """
 
     def __init__(
-        self, endpoint: str, on_broken: Callable[[str], None], *, max_frame_bytes: int
+        self,
+        endpoint: str,
+        on_broken: Callable[[str], None],
+        *,
+        max_frame_bytes: int,
+        tls: PeerTls | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._on_broken = on_broken
@@ -44,9 +54,8 @@ class GrpcWorkerLink:
         self._in_flight: dict[int, OnAnswer] = {}
         self._outgoing: dict[int, asyncio.Queue[bytes | None]] = {}
         self._readers: list[asyncio.Task[None]] = []
-        self._channel = grpc.aio.insecure_channel(
-            endpoint, options=channel_options(max_frame_bytes)
-        )
+        self._tls = tls
+        self._channel = open_channel(endpoint, tls, channel_options(max_frame_bytes))
 
     @property
     def broken(self) -> str | None:
@@ -56,8 +65,12 @@ class GrpcWorkerLink:
         try:
             return await describe_worker(self._channel, timeout_s=timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
-            raise UnavailableError(
-                f"worker at {self._endpoint} does not answer: {error.code().name} {error.details()}"
+            text = f"does not answer: {error.code().name} {error.details()}"
+            raise await unreachable(
+                "worker",
+                self._endpoint,
+                self._tls,
+                otherwise=f"worker at {self._endpoint} {text}",
             ) from error
 
     def send(self, stream: int, call_id: int, frame: bytes, on_answer: OnAnswer) -> None:

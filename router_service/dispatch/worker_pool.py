@@ -18,7 +18,7 @@ from protos import experts_pb2
 from router_service.dispatch.admission import AdmissionRules
 from router_service.dispatch.replica_chooser import ReplicaChooser
 from router_service.dispatch.transport import ExpertTransport, WorkerLink
-from services.core.errors import ConfigurationError, UnavailableError
+from services.core.errors import ConfigurationError, PeerTlsError, UnavailableError
 from services.core.registry import FleetSnapshot, Slot, WorkerRecord
 from services.core.routing_table import RoutingTable
 
@@ -44,7 +44,8 @@ class PoolView:
 
 @dataclass(slots=True, kw_only=True)
 class _Member:
-    """A worker of the registry. `slots` is None while it does not take part."""
+    """A worker of the registry. `slots` is None while it does not take part. `has_broken`: its link
+    broke while it did, and the registry was not read since."""
 
     record: WorkerRecord
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,6 +56,7 @@ class _Member:
     refusal: str = ""
     num_refusals: int = 0
     probed_at: float = 0.0
+    has_broken: bool = False
 
 
 class WorkerPool:
@@ -64,6 +66,10 @@ class WorkerPool:
     record, or take no new ones. The weights of a slot are those first seen; a worker with others is
     refused, for as long as this process lives, because keys and values computed with them may be in
     caches.
+
+    `on_lost` is told of workers that went without a word: their link broke while they took part,
+    was not made again at once, and their lease still says that they are ready. One that drains
+    takes its lease along.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class WorkerPool:
         chooser: ReplicaChooser,
         on_gone: Callable[[str], None],
         on_ejected: Callable[[], None],
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._transport = transport
         self._rules = rules
@@ -82,6 +89,7 @@ class WorkerPool:
         self._chooser = chooser
         self._on_gone = on_gone
         self._on_ejected = on_ejected
+        self._on_lost = on_lost
         self._subscribers: dict[object, Callable[[], None]] = {}
         self._missing_since: dict[Slot, float] = {}
         self._members: dict[str, _Member] = {}
@@ -149,6 +157,10 @@ class WorkerPool:
         """Follow the registry."""
         for record in snapshot.workers:
             member = self._members.get(record.worker_id)
+            if member is not None and member.has_broken:
+                member.has_broken = False
+                if record.state == "ready":
+                    self._on_lost()
             if member is None:
                 self._start(record)
             elif member.record.endpoint != record.endpoint:
@@ -217,6 +229,11 @@ class WorkerPool:
                     if wait_s is None:
                         backoff_s = _FIRST_BACKOFF_S
                     await _wait(member.wake, wait_s)
+            except PeerTlsError as error:
+                if member.refusal != error.message:
+                    logger.error("%s", error.message)
+                member.refusal = error.message
+                self._leave(member, error.message)
             except UnavailableError as error:
                 self._leave(member, error.message)
             finally:
@@ -225,6 +242,7 @@ class WorkerPool:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     def _on_broken(self, member: _Member, reason: str) -> None:
+        member.has_broken |= member.slots is not None
         self._leave(member, reason, level=logging.WARNING)
         member.wake.set()
 
@@ -270,6 +288,7 @@ class WorkerPool:
             self._digests.setdefault((slot.layer, slot.expert), slot.digest)
         member.refusal, member.num_refusals = "", 0
         member.link, member.max_frame_bytes = link, description.max_frame_bytes
+        member.has_broken = False
         if self._chooser.is_ejected(member.record.worker_id):
             logger.info("worker %s is used again", member.record.worker_id)
             self._chooser.returned(member.record.worker_id)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from services.core.registry import Slot
+from services.core.tls import PeerTls
 from services.core.worker_control import load_slots, unload_slots
 
 
@@ -40,13 +41,16 @@ class WorkerScaler(Protocol):
 class GrpcSlotControl:
     """`SlotControl` over the workers' own endpoints."""
 
-    def __init__(self, *, timeout_s: float = 120.0) -> None:
+    def __init__(self, *, timeout_s: float = 120.0, tls: PeerTls | None = None) -> None:
         self._timeout_s = timeout_s
+        self._tls = tls
 
     async def load(self, endpoint: str, slots: Sequence[Slot], carrier: Mapping[str, str]) -> None:
-        await load_slots(endpoint, slots, timeout_s=self._timeout_s, carrier=carrier)
+        await load_slots(endpoint, slots, timeout_s=self._timeout_s, carrier=carrier, tls=self._tls)
 
     async def unload(
         self, endpoint: str, slots: Sequence[Slot], carrier: Mapping[str, str]
     ) -> None:
-        await unload_slots(endpoint, slots, timeout_s=self._timeout_s, carrier=carrier)
+        await unload_slots(
+            endpoint, slots, timeout_s=self._timeout_s, carrier=carrier, tls=self._tls
+        )

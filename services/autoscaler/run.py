@@ -12,6 +12,7 @@ from services.autoscaler.metrics import AutoscalerMetrics
 from services.autoscaler.options import PolicyOptions
 from services.core.registry import Registry
 from services.core.settings import Settings
+from services.core.tls import peer_tls
 
 
 async def run_autoscaler(
@@ -38,7 +39,7 @@ async def run_autoscaler(
     autoscaler = Autoscaler(
         registry,
         options,
-        slot_control=slot_control or GrpcSlotControl(),
+        slot_control=slot_control or GrpcSlotControl(tls=peer_tls(settings)),
         scaler=scaler,
         leadership=leadership,
         tracer=tracer or trace.NoOpTracer(),

@@ -7,6 +7,7 @@ this process (its own shard) are kept in memory, so that they show in its own sn
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import grpc.aio
@@ -16,6 +17,10 @@ from services.core.describe import describe_worker
 from services.core.errors import ConfigurationError
 from services.core.memory_registry import MemoryRegistry
 from services.core.registry import FleetSnapshot, ShardRecord, WorkerRecord, WorkerStateName
+from services.core.tls import PeerTls, open_channel
+from services.core.tls_diagnosis import why_refused
+
+_logger = logging.getLogger(__name__)
 
 _STATES: dict[int, WorkerStateName] = {
     experts_pb2.WORKER_STATE_LOADING: "loading",
@@ -63,7 +68,11 @@ def record_from_description(
 class StaticRegistry:
     """A `Registry` over fixed addresses. Used from one event loop."""
 
-    def __init__(self, endpoints: Sequence[str], *, timeout_s: float = 1.0) -> None:
+    def __init__(
+        self, endpoints: Sequence[str], *, timeout_s: float = 1.0, tls: PeerTls | None = None
+    ) -> None:
+        self._tls = tls
+        self._refusals: dict[str, str] = {}
         self._endpoints = tuple(endpoints)
         self._timeout_s = timeout_s
         self._own = MemoryRegistry()
@@ -90,11 +99,23 @@ class StaticRegistry:
     async def _describe(self, endpoint: str) -> WorkerRecord | None:
         channel = self._channels.get(endpoint)
         if channel is None:
-            channel = self._channels[endpoint] = grpc.aio.insecure_channel(
-                endpoint, options=[("grpc.max_reconnect_backoff_ms", 1000)]
+            channel = self._channels[endpoint] = open_channel(
+                endpoint, self._tls, [("grpc.max_reconnect_backoff_ms", 1000)]
             )
         try:
             description = await describe_worker(channel, timeout_s=self._timeout_s)
         except grpc.aio.AioRpcError:
+            await self._log_refusal(endpoint)
+            if self._tls is not None and self._channels.get(endpoint) is channel:
+                # Its certificate may be an old one. Others may wait for their answers on it.
+                await self._channels.pop(endpoint).close(self._timeout_s)
             return None
+        self._refusals.pop(endpoint, None)
         return record_from_description(description, endpoint)
+
+    async def _log_refusal(self, endpoint: str) -> None:
+        """Once for each reason; nobody else asks a worker that is not in a snapshot."""
+        why = await why_refused(endpoint, self._tls, timeout_s=self._timeout_s)
+        if why is not None and why != self._refusals.get(endpoint):
+            self._refusals[endpoint] = why
+            _logger.error("worker at %s %s", endpoint, why)

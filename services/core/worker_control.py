@@ -21,10 +21,11 @@ from services.core.errors import (
 )
 from services.core.grpc_options import DRAIN_METHOD, LOAD_SLOTS_METHOD, UNLOAD_SLOTS_METHOD
 from services.core.registry import Slot
+from services.core.tls import PeerTls, open_channel
+from services.core.tls_diagnosis import unreachable
 
 _Response = TypeVar("_Response", bound=Message)
 _ERRORS: dict[grpc.StatusCode, type[ExpertfleetError]] = {
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
     grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: WorkerMemoryError,
@@ -48,6 +49,7 @@ async def load_slots(
     *,
     timeout_s: float,
     carrier: Mapping[str, str] | None = None,
+    tls: PeerTls | None = None,
 ) -> SlotsHeld:
     """Have the worker at host:port hold `slots` too; returns once they are announced.
 
@@ -63,6 +65,7 @@ async def load_slots(
         experts_pb2.LoadSlotsResponse.FromString,
         timeout_s=timeout_s,
         carrier=carrier,
+        tls=tls,
     )
     return _held(response)
 
@@ -73,6 +76,7 @@ async def unload_slots(
     *,
     timeout_s: float,
     carrier: Mapping[str, str] | None = None,
+    tls: PeerTls | None = None,
 ) -> SlotsHeld:
     """Have the worker give `slots` up; returns once that is announced. Raises as `load_slots`,
     and `WorkerRefusedError` when nothing would be left."""
@@ -83,11 +87,12 @@ async def unload_slots(
         experts_pb2.UnloadSlotsResponse.FromString,
         timeout_s=timeout_s,
         carrier=carrier,
+        tls=tls,
     )
     return _held(response)
 
 
-async def drain_worker(endpoint: str, *, timeout_s: float) -> None:
+async def drain_worker(endpoint: str, *, timeout_s: float, tls: PeerTls | None = None) -> None:
     """Have the worker finish and end, as SIGTERM does; returns once its draining is announced.
 
     Raises `UnavailableError` when it cannot be reached.
@@ -99,6 +104,7 @@ async def drain_worker(endpoint: str, *, timeout_s: float) -> None:
         experts_pb2.DrainResponse.FromString,
         timeout_s=timeout_s,
         carrier=None,
+        tls=tls,
     )
 
 
@@ -110,10 +116,10 @@ async def _call(
     *,
     timeout_s: float,
     carrier: Mapping[str, str] | None,
+    tls: PeerTls | None,
 ) -> _Response:
     metadata = tuple((carrier or {}).items())
-    options = [("grpc.enable_http_proxy", 0)]
-    async with grpc.aio.insecure_channel(endpoint, options=options) as channel:
+    async with open_channel(endpoint, tls, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(
             method,
             request_serializer=type(request).SerializeToString,
@@ -122,10 +128,11 @@ async def _call(
         try:
             response: _Response = await call(request, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
+            text = f"worker {endpoint}: {error.details() or error.code().name}"
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise await unreachable("worker", endpoint, tls, otherwise=text) from error
             kind = _ERRORS.get(error.code(), ExpertfleetError)
-            raise kind(
-                f"worker {endpoint}: {error.details() or error.code().name}", endpoint=endpoint
-            ) from error
+            raise kind(text, endpoint=endpoint) from error
     return response
 
 

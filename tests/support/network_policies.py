@@ -1,4 +1,8 @@
-"""What NetworkPolicies let through, by the rules of the Kubernetes API (v1)."""
+"""What NetworkPolicies let through, by the rules of the Kubernetes API (v1).
+
+What the API has and this does not know (`except`, `endPort`, named ports, ...) is refused rather
+than passed over, for a rule that is misread would be taken to be tighter, or wider, than it is.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,10 @@ class Network:
 
     policies: Sequence[Policy]
     namespace: str
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            _check_known(policy["spec"])
 
     def allows(self, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
         """Whether a connection passes: out of the source, and into the target."""
@@ -72,6 +80,22 @@ class Network:
         return _matches(peer.get("podSelector", {}), other.labels)
 
 
+def _check_known(spec: Mapping[str, Any]) -> None:
+    assert spec.keys() <= {"podSelector", "policyTypes", "ingress", "egress"}, spec
+    # Kubernetes would take a direction with rules to be meant where types are left out.
+    assert {"ingress", "egress"} & spec.keys() <= {kind.lower() for kind in spec["policyTypes"]}
+    for key, peers in (("ingress", "from"), ("egress", "to")):
+        for rule in spec.get(key) or ():
+            assert rule.keys() <= {peers, "ports"}, rule
+            for port in rule.get("ports") or ():
+                assert port.keys() <= {"port", "protocol"}, port
+                assert isinstance(port["port"], int), port
+            for peer in rule.get(peers) or ():
+                known = {"ipBlock"} if "ipBlock" in peer else {"namespaceSelector", "podSelector"}
+                assert peer.keys() and peer.keys() <= known, peer
+                assert peer.get("ipBlock", {}).keys() <= {"cidr"}, peer
+
+
 def _has_port(ports: Sequence[Mapping[str, Any]] | None, port: int, protocol: str) -> bool:
     return not ports or any(
         each.get("port", port) == port and each.get("protocol", "TCP") == protocol for each in ports
@@ -79,6 +103,7 @@ def _has_port(ports: Sequence[Mapping[str, Any]] | None, port: int, protocol: st
 
 
 def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}, selector
     if not (selector.get("matchLabels") or {}).items() <= labels.items():
         return False
     for expression in selector.get("matchExpressions") or ():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from expert_service import probe
 from services.cli.main import app
+from services.core.tls import SERVER_NAME
 from tests.support.chart import CHART, NAME, NAMESPACE, VALUES_FILES, Manifest, environment, render
 
 EXTERNAL: dict[str, Any] = {
@@ -113,8 +115,25 @@ def test_an_external_store_is_reached_with_tls_password_and_authority() -> None:
         assert {"name": "REDIS_PASSWORD", "valueFrom": secret} in container["env"]
         names = [each["name"] for each in container["env"]]
         assert names.index("REDIS_PASSWORD") < names.index("EXPERTFLEET_REDIS_URL")
-        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "redis-ca")
+        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "redis-tls")
         assert mount["mountPath"] == "/etc/expertfleet/redis"
+        assert _projected(template, "redis-tls") == {"store-ca": ["ca.crt"]}
+
+
+def test_an_external_store_may_ask_for_a_certificate() -> None:
+    rendered = render(redis=EXTERNAL | {"clientCertSecret": "store-client"})
+    url = environment(rendered.expert("e01"))["EXPERTFLEET_REDIS_URL"]
+    folder = "/etc/expertfleet/redis"
+    expected = {
+        "ssl_ca_certs": [f"{folder}/ca.crt"],
+        "ssl_certfile": [f"{folder}/tls.crt"],
+        "ssl_keyfile": [f"{folder}/tls.key"],
+    }
+    assert parse_qs(urlsplit(url).query, strict_parsing=True) == expected
+    for _, template in rendered.pod_templates():
+        if any(each["name"] == "redis-tls" for each in template["spec"].get("volumes", ())):
+            files = {"store-ca": ["ca.crt"], "store-client": ["tls.crt", "tls.key"]}
+            assert _projected(template, "redis-tls") == files
 
 
 def test_an_external_store_may_be_without_password_and_tls() -> None:
@@ -145,6 +164,24 @@ def test_with_certificates_every_process_has_them_and_lanes_are_off() -> None:
         assert container[probed]["exec"]["command"] == ["python", "-m", probe.__name__, "health"]
 
 
+def test_the_settings_name_files_that_are_mounted() -> None:
+    rendered = render(tls={"enabled": True})
+    named = {
+        PurePosixPath(path)
+        for name, path in rendered.settings().items()
+        if name.startswith("EXPERTFLEET_TLS_")
+    }
+    # What a Secret of cert-manager has, and the schema's text asks of a given one.
+    assert {path.name for path in named} == {"tls.crt", "tls.key", "ca.crt"}
+    (mount,) = (m for m in rendered.expert("e01")["volumeMounts"] if m["name"] == "tls")
+    assert {str(path.parent) for path in named} == {mount["mountPath"]}
+    template = rendered.one("Deployment", "experts-e01")["spec"]["template"]["spec"]
+    (volume,) = (v for v in template["volumes"] if v["name"] == "tls")
+    # Read by the group that the pod's files belong to, and by nobody else.
+    assert volume["secret"]["defaultMode"] == 0o440
+    assert template["securityContext"]["fsGroup"] == template["securityContext"]["runAsGroup"]
+
+
 def test_without_certificates_lanes_are_on_and_nothing_is_mounted() -> None:
     rendered = render()
     assert rendered.settings()["EXPERTFLEET_DISPATCH_LANE"] == "true"
@@ -161,6 +198,8 @@ def test_cert_manager_issues_from_an_authority_of_the_release_or_a_given_one() -
     assert own.one("Issuer", "ca")["spec"]["ca"]["secretName"] == authority["spec"]["secretName"]
     assert leaf["spec"]["issuerRef"] == {"name": f"{NAME}-ca", "kind": "Issuer"}
     assert {"server auth", "client auth"} <= set(leaf["spec"]["usages"])
+    # Clients look for this one name, wherever a pod is; the gateway's clients are others.
+    assert SERVER_NAME in leaf["spec"]["dnsNames"]
     given = render(tls={"enabled": True, "issuer": "corp", "issuerKind": "ClusterIssuer"})
     assert given.all("Issuer") == {}
     assert set(given.all("Certificate")) == {"tls"}
@@ -255,3 +294,12 @@ def test_the_notes_say_what_to_do_next_and_what_is_missing() -> None:
     assert "keeps nothing" not in quiet
     assert "Authorization: Bearer" in quiet
     assert "every pod of the cluster may reach" in render(networkPolicy={"enabled": False}).notes
+
+
+def _projected(template: Manifest, volume: str) -> dict[str, list[str]]:
+    """The files that a volume has, by the Secrets that they are of."""
+    (found,) = (each for each in template["spec"]["volumes"] if each["name"] == volume)
+    return {
+        source["secret"]["name"]: [item["path"] for item in source["secret"]["items"]]
+        for source in found["projected"]["sources"]
+    }

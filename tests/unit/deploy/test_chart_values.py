@@ -90,6 +90,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"redis": {"port": 70000}}, ("/redis/port", "maximum")),
     ({"redis": {"bundled": False, "host": "h", "password": "p"}}, ("redis.passwordSecret",)),
     ({"redis": {"bundled": False, "host": "h", "caSecret": "c"}}, ("redis.tls",)),
+    ({"redis": {"bundled": False, "host": "h", "clientCertSecret": "c"}}, ("redis.tls",)),
     # Telemetry, certificates, network, security
     ({"otel": {"endpoint": "collector:4317"}}, ("/otel/endpoint", "collector:4317")),
     ({"otel": {"sampleRatio": 2}}, ("/otel/sampleRatio", "maximum")),

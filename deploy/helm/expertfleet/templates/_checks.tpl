@@ -24,6 +24,9 @@
 {{- if and $redis.caSecret (not $redis.tls) -}}
 {{- fail "redis.caSecret is of use with redis.tls true alone" -}}
 {{- end -}}
+{{- if and $redis.clientCertSecret (not $redis.tls) -}}
+{{- fail "redis.clientCertSecret is of use with redis.tls true alone" -}}
+{{- end -}}
 {{- if and (not $redis.bundled) $redis.password -}}
 {{- fail "redis.password is the bundled store's; name a Secret in redis.passwordSecret for the external one" -}}
 {{- end -}}

@@ -127,7 +127,10 @@ redis://:$(REDIS_PASSWORD)@{{ include "expertfleet.fullname" . }}-redis:6379/0
 {{- else -}}
 {{- $user := ternary (printf "%s:$(REDIS_PASSWORD)@" $redis.username) "" (ne $redis.passwordSecret "") -}}
 {{ $redis.tls | ternary "rediss" "redis" }}://{{ $user }}{{ $redis.host }}:{{ $redis.port }}/{{ $redis.database }}
-{{- if $redis.caSecret }}?ssl_ca_certs=/etc/expertfleet/redis/ca.crt{{ end }}
+{{- $query := list -}}
+{{- if $redis.caSecret }}{{ $query = append $query "ssl_ca_certs=/etc/expertfleet/redis/ca.crt" }}{{ end -}}
+{{- if $redis.clientCertSecret }}{{ $query = concat $query (list "ssl_certfile=/etc/expertfleet/redis/tls.crt" "ssl_keyfile=/etc/expertfleet/redis/tls.key") }}{{ end -}}
+{{- if $query }}?{{ join "&" $query }}{{ end }}
 {{- end -}}
 {{- end }}
 
@@ -139,8 +142,8 @@ redis://:$(REDIS_PASSWORD)@{{ include "expertfleet.fullname" . }}-redis:6379/0
   mountPath: /etc/expertfleet/tls
   readOnly: true
 {{- end }}
-{{- if and (not .Values.redis.bundled) .Values.redis.caSecret }}
-- name: redis-ca
+{{- if and (not .Values.redis.bundled) (or .Values.redis.caSecret .Values.redis.clientCertSecret) }}
+- name: redis-tls
   mountPath: /etc/expertfleet/redis
   readOnly: true
 {{- end }}
@@ -155,13 +158,21 @@ redis://:$(REDIS_PASSWORD)@{{ include "expertfleet.fullname" . }}-redis:6379/0
     secretName: {{ include "expertfleet.tlsSecret" . }}
     defaultMode: 0440
 {{- end }}
-{{- if and (not .Values.redis.bundled) .Values.redis.caSecret }}
-- name: redis-ca
-  secret:
-    secretName: {{ .Values.redis.caSecret }}
-    items:
-      - key: ca.crt
-        path: ca.crt
+{{- if and (not .Values.redis.bundled) (or .Values.redis.caSecret .Values.redis.clientCertSecret) }}
+- name: redis-tls
+  projected:
+    defaultMode: 0440
+    sources:
+      {{- with .Values.redis.caSecret }}
+      - secret:
+          name: {{ . }}
+          items: [{key: ca.crt, path: ca.crt}]
+      {{- end }}
+      {{- with .Values.redis.clientCertSecret }}
+      - secret:
+          name: {{ . }}
+          items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
+      {{- end }}
 {{- end }}
 {{- end }}
 
