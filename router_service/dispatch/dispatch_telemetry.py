@@ -33,6 +33,7 @@ from services.core.telemetry import (
     METRIC_DISPATCH_RETRIES,
     METRIC_EJECTED_WORKERS,
     METRIC_EXPERT_WAIT,
+    METRIC_LOST_WORKERS,
     METRIC_OUTSTANDING_ROWS,
     METRIC_REFUSED_WORKERS,
     SPAN_DISPATCH,
@@ -70,6 +71,11 @@ class DispatchTelemetry:
         self._ejections = Counter(
             METRIC_DISPATCH_EJECTIONS,
             "Times a worker with other replicas was left alone after several faults",
+            registry=registry,
+        )
+        self._lost = Counter(
+            METRIC_LOST_WORKERS,
+            "Workers in use that went without a word: killed, crashed or cut off",
             registry=registry,
         )
         self._expert_wait = Counter(
@@ -136,6 +142,9 @@ class DispatchTelemetry:
 
     def count_ejection(self) -> None:
         self._ejections.inc()
+
+    def count_lost(self) -> None:
+        self._lost.inc()
 
     def count_expert_wait(self, seconds: float) -> None:
         self._expert_wait.inc(seconds)

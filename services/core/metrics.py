@@ -15,6 +15,7 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.exposition import choose_encoder
 
 from services.core.errors import ConfigurationError
 
@@ -46,6 +47,8 @@ CALL_BUCKETS_S = (
 """Calls between processes and what a worker does for one: 0.1 ms to the call's deadline."""
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Rows computed together."""
+BUSY_WINDOW_S = 15.0
+"""What a worker's busy ratio looks back on: a scrape interval, or a few."""
 
 
 def new_registry() -> CollectorRegistry:
@@ -57,10 +60,18 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-class MetricsServer:
-    """Serves `GET /metrics` from a thread. `port` 0 takes a free one; `.port` says which.
+def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The metrics and their content type: OpenMetrics, which has exemplars, for whoever says in
+    the `Accept` header that it reads that, and else Prometheus' plain text."""
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
-    Raises `ConfigurationError` when the address cannot be listened on.
+
+class MetricsServer:
+    """Serves `GET /metrics` from a thread, in the formats of `exposition`.
+
+    `port` 0 takes a free one; `.port` says which. Raises `ConfigurationError` when the
+    address cannot be listened on.
     """
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:

@@ -128,6 +128,21 @@ def span_carrier(span: trace.Span) -> dict[str, str]:
     return carrier
 
 
+def trace_exemplar(span: trace.Span | None) -> dict[str, str] | None:
+    """What leads from a metric's sample to the trace of `span`, which may have ended; None where
+    that was not sampled."""
+    context = trace.INVALID_SPAN_CONTEXT if span is None else span.get_span_context()
+    if not context.is_valid or not context.trace_flags.sampled:
+        return None
+    return {"trace_id": trace.format_trace_id(context.trace_id)}
+
+
+def traceparent_exemplar(traceparent: str) -> dict[str, str] | None:
+    """The same for a span of another process, by its `traceparent`; None without one."""
+    parts = traceparent.split("-")
+    return {"trace_id": parts[1]} if len(parts) == 4 else None
+
+
 def span_context(span: trace.Span) -> Context:
     """A context for `tracer.start_span(context=...)` that makes `span` the parent."""
     return trace.set_span_in_context(span, Context())

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import get_args
 
+from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from services.core import telemetry
 from services.core.errors import LossReason
 from services.core.metrics import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S
-from services.core.registry import Slot
+from services.core.tracing import trace_exemplar
+from services.gateway.fleet_metrics import FleetMetrics
 from services.gateway.generation import Generation
 
 
-class GatewayMetrics(Collector):
-    """Makes its metrics in `registry`, and reports the fleet's tokens per expert last seen.
+class GatewayMetrics:
+    """Makes its metrics in `registry`; `fleet` shows what the leases say.
 
     Tokens of prompts and completions are the shards' to count, once, where they are computed.
+    Latencies carry the trace of the request as an exemplar, where it is sampled.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -54,35 +55,26 @@ class GatewayMetrics(Collector):
             ("reason",),
             registry=registry,
         )
-        self._expert_tokens: dict[Slot, int] = {}
-        registry.register(self)
+        for reason in get_args(LossReason):  # from 0 on, so that the first one is an increase
+            self._resubmissions.labels(reason)
+        self.fleet = FleetMetrics()
+        registry.register(self.fleet)
 
-    def observe_request(self, route: str, status: int, duration_s: float) -> None:
+    def observe_request(self, route: str, status: int, duration_s: float, span: Span) -> None:
+        """A request was answered, or given up; `span` is its own, and may have ended."""
         self._requests.labels(route, str(status)).inc()
-        self._duration.labels(route).observe(duration_s)
+        self._duration.labels(route).observe(duration_s, trace_exemplar(span))
 
-    def observe_generation(self, generation: Generation, started_at: float) -> None:
+    def observe_generation(self, generation: Generation, started_at: float, span: Span) -> None:
         """Take in a generation that is over, well or not. `started_at`: `time.perf_counter`."""
         if generation.first_token_at is None or generation.last_token_at is None:
             return
-        self._ttft.observe(generation.first_token_at - started_at)
+        exemplar = trace_exemplar(span)
+        self._ttft.observe(generation.first_token_at - started_at, exemplar)
         num_intervals = max(choice.num_tokens for choice in generation.choices) - 1
         if num_intervals > 0:
             decode_s = generation.last_token_at - generation.first_token_at
-            self._tpot.observe(decode_s / num_intervals)
+            self._tpot.observe(decode_s / num_intervals, exemplar)
 
     def observe_resubmission(self, reason: LossReason) -> None:
         self._resubmissions.labels(reason).inc()
-
-    def set_expert_tokens(self, tokens: dict[Slot, int]) -> None:
-        self._expert_tokens = tokens
-
-    def collect(self) -> Iterable[Metric]:
-        family = CounterMetricFamily(
-            telemetry.METRIC_FLEET_EXPERT_TOKENS,
-            "Tokens that the gates of all shards alive sent to each logical expert",
-            labels=("layer", "expert"),
-        )
-        for (layer, expert), count in sorted(self._expert_tokens.items()):
-            family.add_metric((str(layer), str(expert)), count)
-        return [family]

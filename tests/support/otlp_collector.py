@@ -46,7 +46,7 @@ class OtlpCollector(TraceServiceServicer):
             return list(self._spans)
 
     def wait_for(
-        self, condition: Callable[[list[SpanRecord]], bool], *, timeout_s: float = 10.0
+        self, condition: Callable[[list[SpanRecord]], bool], *, timeout_s: float = 60.0
     ) -> list[SpanRecord]:
         """All spans once `condition` holds of them. Raises `TimeoutError` naming what is there."""
         deadline = time.monotonic() + timeout_s
@@ -57,7 +57,7 @@ class OtlpCollector(TraceServiceServicer):
                     raise TimeoutError(f"the spans waited for did not arrive; there are: {names}")
             return list(self._spans)
 
-    def wait_for_names(self, *names: str, timeout_s: float = 10.0) -> list[SpanRecord]:
+    def wait_for_names(self, *names: str, timeout_s: float = 60.0) -> list[SpanRecord]:
         """All spans once there is at least one of each name."""
         return self.wait_for(
             lambda spans: set(names) <= {span.name for span in spans}, timeout_s=timeout_s
