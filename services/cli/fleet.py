@@ -46,7 +46,10 @@ STOP_STORE_S = 1.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPlan:
     """What `expertfleet up` was asked for: each slot in `replicas` of the workers, of which there
-    are `num_workers` for each replica. `autoscaling` None leaves it at that."""
+    are `num_workers` for each replica. `autoscaling` None leaves it at that.
+
+    `external_workers`: none are started, for others hold the experts and announce it in the store.
+    """
 
     num_workers: int
     min_shards: int
@@ -55,10 +58,11 @@ class FleetPlan:
     store_bytes: int
     replicas: int = 1
     autoscaling: PolicyOptions | None = None
+    external_workers: bool = False
 
     @property
     def in_process_experts(self) -> bool:
-        return self.num_workers == 0
+        return self.num_workers == 0 and not self.external_workers
 
     @property
     def num_processes(self) -> int:
@@ -115,7 +119,7 @@ class Fleet:
         if self._settings.redis_url is None:
             await self._start_store()
         self._workers.settings = self._settings
-        if not self._plan.in_process_experts:
+        if self._plan.num_workers:
             placement = plan_placement(
                 self._config.num_hidden_layers,
                 self._config.num_local_experts,
@@ -224,6 +228,8 @@ class Fleet:
         what, model = parse_what(request.get("what")), request.get("model")
         if model is not None and what != "all":
             raise InvalidRequestError("another model needs `restart all`")
+        if self._plan.external_workers and (model is not None or what == "workers"):
+            raise InvalidRequestError("the expert workers are not of this launcher")
         if self._is_restarting or self._front is None:
             raise UnavailableError("a restart is under way; wait until it is done")
 

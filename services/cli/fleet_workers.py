@@ -21,6 +21,7 @@ from services.core.placement import format_slots
 from services.core.redis_registry import RedisRegistry
 from services.core.registry import Slot, WorkerRecord
 from services.core.settings import Settings
+from services.core.tls import PeerTls, open_channel, peer_tls
 
 MakeChild = Callable[[str, Sequence[str], Mapping[str, str]], Child]
 
@@ -58,6 +59,7 @@ class FleetWorkers:
         say: Callable[[str], None],
     ) -> None:
         self.settings = settings
+        self._tls = peer_tls(settings)
         self._num_planned = num_planned
         self._max_shards = max_shards
         self._hardware = hardware
@@ -212,7 +214,7 @@ class FleetWorkers:
             and worker.record is not None
             and worker.record.pid == worker.child.pid
         ]
-        answers = await asyncio.gather(*map(_answers, unseen))
+        answers = await asyncio.gather(*(_answers(record, self._tls) for record in unseen))
         for record, is_answered in zip(unseen, answers, strict=True):
             if is_answered:
                 self._hangs.seen(record.worker_id, record.pid, time.monotonic())
@@ -271,9 +273,9 @@ def _memory_for(record: WorkerRecord) -> int:
     return memory_available()
 
 
-async def _answers(record: WorkerRecord) -> bool:
+async def _answers(record: WorkerRecord, tls: PeerTls | None) -> bool:
     """Whether a worker answers a call; one that computes does, one that hangs does not."""
-    async with grpc.aio.insecure_channel(record.endpoint) as channel:
+    async with open_channel(record.endpoint, tls) as channel:
         try:
             await describe_worker(channel, timeout_s=_ANSWER_TIMEOUT_S)
         except grpc.aio.AioRpcError:

@@ -14,10 +14,14 @@ from services.core.checkpoints.hub import find_model
 from services.core.generation import ShardClient
 from services.core.redis_registry import RedisRegistry
 from services.core.registry import Registry
+from services.core.session_count import RedisSessionCount
 from services.core.settings import Settings
 from services.core.telemetry import SERVICE_GATEWAY
+from services.core.tls import peer_tls
 from services.core.tracing import configure_tracing
 from services.gateway.app import create_app
+from services.gateway.console.activity import Activity
+from services.gateway.console.feed import nobody_counts
 from services.gateway.shard_pool import ShardPool
 
 
@@ -31,8 +35,9 @@ def build_fleet_gateway(settings: Settings, fallback: ShardClient) -> Any:
     registry = _registry(settings)
     if registry is None:
         return _build(settings, None, fallback, pool=None)
-    pool = ShardPool(registry)
-    return _build(settings, registry, pool, pool=pool)
+    activity = Activity()
+    pool = ShardPool(registry, tls=peer_tls(settings), activity=activity)
+    return _build(settings, registry, pool, pool=pool, activity=activity)
 
 
 def _registry(settings: Settings) -> Registry | None:
@@ -42,8 +47,15 @@ def _registry(settings: Settings) -> Registry | None:
 
 
 def _build(
-    settings: Settings, registry: Registry | None, shard: ShardClient, *, pool: ShardPool | None
+    settings: Settings,
+    registry: Registry | None,
+    shard: ShardClient,
+    *,
+    pool: ShardPool | None,
+    activity: Activity | None = None,
 ) -> Any:
+    url = settings.redis_url
+    sessions = None if url is None else RedisSessionCount(url, fleet=settings.fleet)
     instance = f"gateway-{os.getpid()}"
     tracing = configure_tracing(settings, SERVICE_GATEWAY, instance_id=instance)
 
@@ -54,6 +66,8 @@ def _build(
             await pool.close()
         if registry is not None:
             await registry.close()
+        if sessions is not None:
+            await sessions.close()
         await asyncio.to_thread(tracing.shutdown)
 
     return create_app(
@@ -62,5 +76,7 @@ def _build(
         registry,
         model_folder=find_model(settings.model).folder,
         tracer=tracing.tracer,
+        activity=activity,
+        count_sessions=sessions or nobody_counts,
         lifespan=lifespan,
     )

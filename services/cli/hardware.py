@@ -22,8 +22,9 @@ class Hardware:
         return max(1, self.num_cores // num_workers)
 
     def shard_threads(self, num_shards: int) -> int:
-        """Torch threads per shard: one core is left for I/O; at least one each."""
-        return max(1, (self.num_cores - 1) // num_shards)
+        """Threads per shard: all cores, since a shard waits while its workers compute, and they
+        while it does; at least one each."""
+        return max(1, self.num_cores // num_shards)
 
     def worker_device(self, index: int, num_shards: int, device: str) -> str:
         """Workers take the GPUs after those of the shards, in turn; without GPUs the CPU."""

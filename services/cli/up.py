@@ -70,6 +70,13 @@ def up(
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="experts inside the shard's process")
     ] = False,
+    external_workers: Annotated[
+        bool,
+        typer.Option(
+            "--external-workers",
+            help="start none: they are elsewhere, and known to the store of EXPERTFLEET_REDIS_URL",
+        ),
+    ] = False,
 ) -> None:
     """Start store, expert workers, shards and gateway; serve until Ctrl-C."""
     settings = load_settings(
@@ -86,7 +93,13 @@ def up(
     min_shards, max_shards = _parse_shards(shards)
     if no_ray and max_shards > 1:
         raise ConfigurationError("--no-ray has one shard; leave --shards out", setting="shards")
-    num_workers = 0 if no_workers or not config.is_moe else workers
+    if external_workers and (no_workers or autoscale or settings.redis_url is None):
+        raise ConfigurationError(
+            "--external-workers needs EXPERTFLEET_REDIS_URL, the store that the workers are known "
+            "to, and excludes --no-workers and --autoscale (`expertfleet autoscale` runs apart)",
+            setting="redis_url",
+        )
+    num_workers = 0 if no_workers or external_workers or not config.is_moe else workers
     plan = FleetPlan(
         num_workers=num_workers,
         min_shards=min_shards,
@@ -101,6 +114,7 @@ def up(
             shadow_copies=shadow_copies,
             idle_after_s=idle_after_s,
         ),
+        external_workers=external_workers,
     )
     listener = open_listener(settings.host, settings.port, reuse_port=False)
     folder = StateFolder(state_dir or settings.state_dir or default_state_dir())
@@ -199,6 +213,8 @@ def _describe(plan: FleetPlan, config: ModelConfig) -> str:
     if config.is_moe:
         model += f" x {config.num_local_experts} experts"
     experts = "in process" if plan.in_process_experts else f"in {plan.num_processes} workers"
+    if plan.external_workers:
+        experts = "in workers elsewhere"
     shards = str(plan.min_shards)
     if plan.max_shards > plan.min_shards:
         shards += f" to {plan.max_shards}"

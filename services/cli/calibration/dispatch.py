@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.lane_choice import chosen_transport
 from router_service.experts import StepContext
 from router_service.loop_thread import LoopThread
 from services.cli.calibration.random_weights import (
@@ -28,11 +29,13 @@ from services.cli.calibration.random_weights import (
 from services.cli.calibration.timing import typical_s
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.errors import UnavailableError
+from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
 from services.core.placement import WorkerSlots, plan_placement
 from services.core.registry_json import format_ranges
 from services.core.settings import Settings, load_settings
 from services.core.static_registry import StaticRegistry, parse_endpoints
+from services.core.tls import PeerTls, peer_tls
 
 WIDTH = (1024, 3584)
 NUM_LAYERS = 2
@@ -56,7 +59,9 @@ def measure_dispatch(num_cores: int, scratch: Path) -> dict[str, Any]:
         settings = load_settings(model=str(folder), device="cpu", num_threads=threads)
         with _running_workers(settings, config, num_workers) as endpoints:
             for num_tokens, seconds in zip(
-                NUM_TOKENS, _layer_calls(config, endpoints, num_cores), strict=True
+                NUM_TOKENS,
+                _layer_calls(config, endpoints, num_cores, peer_tls(settings)),
+                strict=True,
             ):
                 calls.append(
                     {"num_workers": num_workers, "num_tokens": num_tokens, "seconds": seconds}
@@ -64,19 +69,26 @@ def measure_dispatch(num_cores: int, scratch: Path) -> dict[str, Any]:
     return {"dispatch_width": WIDTH, "dispatch": calls}
 
 
-def _layer_calls(config: ModelConfig, endpoints: str, num_cores: int) -> list[float]:
+def _layer_calls(
+    config: ModelConfig, endpoints: str, num_cores: int, tls: PeerTls | None
+) -> list[float]:
     thread = LoopThread("engine")
     thread.start()
     try:
-        return thread.run_blocking(_time_calls(config, endpoints, max(1, num_cores - 1)))
+        return thread.run_blocking(_time_calls(config, endpoints, num_cores, tls))
     finally:
         thread.call_soon(thread.loop.stop)
 
 
-async def _time_calls(config: ModelConfig, endpoints: str, num_threads: int) -> list[float]:
-    torch.set_num_threads(num_threads)
+async def _time_calls(
+    config: ModelConfig, endpoints: str, num_threads: int, tls: PeerTls | None
+) -> list[float]:
+    set_num_threads(num_threads)
     experts = RemoteExperts(
-        config, registry=StaticRegistry(parse_endpoints(endpoints)), dtype=torch.bfloat16
+        config,
+        registry=StaticRegistry(parse_endpoints(endpoints), tls=tls),
+        dtype=torch.bfloat16,
+        transport=chosen_transport("auto", max_frame_bytes=256 << 20, tls=tls),
     )
     await experts.wait_ready()
     try:

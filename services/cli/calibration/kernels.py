@@ -138,7 +138,7 @@ def _measure_shard(num_cores: int) -> dict[str, Any]:
         "head_rows": HEAD_ROWS,
         "head": {},
     }
-    for threads in sorted({max(1, num_cores - 1), num_cores}):
+    for threads in (num_cores,):
         torch.set_num_threads(threads)
         measured["attention"][threads] = [
             {

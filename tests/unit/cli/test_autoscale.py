@@ -85,14 +85,14 @@ def test_without_a_store_the_running_product_is_asked_for(
 
 
 async def _publish(url: str, records: list) -> None:  # type: ignore[type-arg]
-    registry = RedisRegistry(url, fleet="default")
+    registry = RedisRegistry(url, fleet="default", timeout_s=60.0)
     for record in records:
         await registry.publish(record, lease_s=60)
     await registry.close()
 
 
 async def _slots(url: str) -> dict[str, object]:
-    registry = RedisRegistry(url, fleet="default")
+    registry = RedisRegistry(url, fleet="default", timeout_s=60.0)
     snapshot = await registry.snapshot()
     await registry.close()
     return {worker.worker_id: worker.slots for worker in snapshot.workers}

@@ -27,7 +27,7 @@ def _child(tmp_path: Path, code: str, events: list[str] | None = None) -> Child:
 
 async def _until_up(child: Child, times: int = 1) -> None:
     log = child.spec.log_file
-    await eventually(lambda: log.exists() and log.read_text().count("up") >= times, timeout_s=30)
+    await eventually(lambda: log.exists() and log.read_text().count("up") >= times)
 
 
 async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
 async def test_bad_input_is_not_tried_again_and_its_words_are_kept(tmp_path: Path) -> None:
     child = _child(tmp_path, f"import sys; print('no such model'); sys.exit({EXIT_BAD_INPUT})")
     await child.start()
-    await eventually(lambda: child.failure is not None, timeout_s=30)
+    await eventually(lambda: child.failure is not None)
     with pytest.raises(ChildFailedError, match="no such model"):
         child.check()
     assert child.num_restarts == 0
@@ -63,7 +63,7 @@ async def test_stopping_ends_a_child_that_ignores_sigterm(tmp_path: Path) -> Non
     await _until_up(child)
     pid = child.pid
     assert pid is not None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await child.stop(0.2)
     assert not psutil.pid_exists(pid)
 
@@ -79,14 +79,14 @@ async def test_stopping_ends_what_the_child_has_started(tmp_path: Path) -> None:
     await _until_up(child)
     grandchild = int(child.spec.log_file.read_text().split()[1])
     await child.stop(0.2)
-    await eventually(lambda: not psutil.pid_exists(grandchild), timeout_s=5)
+    await eventually(lambda: not psutil.pid_exists(grandchild))
 
 
 async def test_stopping_during_the_back_off_starts_nothing(tmp_path: Path) -> None:
     events: list[str] = []
     child = _child(tmp_path, "raise SystemExit(3)", events)
     await child.start()
-    await eventually(lambda: bool(events), timeout_s=30)
+    await eventually(lambda: bool(events))
     await child.stop(1.0)
     restarts = child.num_restarts
     await asyncio.sleep(0.5)

@@ -14,9 +14,9 @@ def test_workers_share_the_cores(num_cores: int, num_workers: int, expected: int
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "num_shards", "expected"), [(2, 1, 1), (16, 1, 15), (8, 2, 3)]
+    ("num_cores", "num_shards", "expected"), [(2, 1, 2), (16, 1, 16), (8, 2, 4), (1, 3, 1)]
 )
-def test_shards_leave_a_core_for_input_and_output(
+def test_shards_share_the_cores_too_for_workers_wait_while_they_compute(
     num_cores: int, num_shards: int, expected: int
 ) -> None:
     assert Hardware(num_cores=num_cores, num_gpus=0).shard_threads(num_shards) == expected
