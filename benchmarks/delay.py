@@ -152,7 +152,7 @@ def _running_shards(model: str, endpoints: str) -> Iterator[dict[Count, Attentio
         dtype="bfloat16",
         device="cpu",
         workers=endpoints,
-        num_threads=max(1, len(os.sched_getaffinity(0)) - 1),
+        num_threads=len(os.sched_getaffinity(0)),
         max_num_seqs=1024,
         max_num_batched_tokens=4096,
         kv_cache_bytes=1 << 28,

@@ -87,10 +87,8 @@ async def _compare(
             for remote in remotes.values():
                 remote.take_timings()
             for _ in range(ROUNDS):
-                # As the launcher sets them: all cores in process, one left for I/O beside workers.
                 set_num_threads(cores)
                 local_us.append(await _round_us(local, checkpoint.config, count))
-                set_num_threads(max(1, cores - 1))
                 for name, remote in remotes.items():
                     remote_us[name].append(await _round_us(remote, checkpoint.config, count))
             near = statistics.median(local_us)

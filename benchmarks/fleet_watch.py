@@ -104,10 +104,21 @@ class StreamLoad:
 
     def throughput(self, begin: float, end: float) -> float:
         """Tokens per second that arrived between."""
-        tokens = sum(
+        return self._num_generated(begin, end) / (end - begin)
+
+    def computed_per_s(self, begin: float, end: float) -> float:
+        """As `throughput`, with the prompts whose first answer arrived between."""
+        prompts = sum(
+            record.prompt_tokens
+            for record in self.records
+            if record.arrivals and begin <= record.arrivals[0][0] < end
+        )
+        return (prompts + self._num_generated(begin, end)) / (end - begin)
+
+    def _num_generated(self, begin: float, end: float) -> int:
+        return sum(
             count for record in self.records for at, count in record.arrivals if begin <= at < end
         )
-        return tokens / (end - begin)
 
     def p99_gap_ms(self, begin: float, end: float) -> float:
         """The 99th percentile of the time between two tokens of a stream; 0 without any."""

@@ -31,18 +31,19 @@ _MARK = 24.0
 _GATE = 4.0
 
 
-def write_hot_checkpoint(folder: Path) -> Path:
-    """Write it to an empty folder, about 1.4 GB; returns the folder."""
-    write_random_checkpoint(folder, SHAPE, shard_bytes=1 << 33)
+def write_hot_checkpoint(folder: Path, shape: RandomShape = SHAPE) -> Path:
+    """Write it to an empty folder, about 1.4 GB unless another shape is given; returns the folder.
+    `HOT_TOKENS` and the like are of `SHAPE`."""
+    write_random_checkpoint(folder, shape, shard_bytes=1 << 33)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    half = SHAPE.vocab_size // 2
+    half = shape.vocab_size // 2
     embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
-    num_experts = SHAPE.num_local_experts
+    num_experts = shape.num_local_experts
     embeddings[:, : 2 + num_experts] = 0
     embeddings[half:, 0] = _MARK
     embeddings[:half, 1] = _MARK
-    embeddings[half:, 2 + HOT_EXPERT] = _MARK
+    embeddings[half:, 1 + num_experts] = _MARK
     for expert in range(num_experts):
         embeddings[expert:half:num_experts, 2 + expert] = _MARK
     head[:, : 2 + num_experts] = 0
@@ -50,7 +51,7 @@ def write_hot_checkpoint(folder: Path) -> Path:
     head[:half, 0], head[:half, 1] = -1.0, 1.0
     for expert in range(num_experts):  # an ordinary token is followed by one of the next expert
         head[expert:half:num_experts, 2 + (expert - 1) % num_experts] = 1.0
-    for layer in range(SHAPE.num_hidden_layers):
+    for layer in range(shape.num_hidden_layers):
         gate = tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         gate[:, : 2 + num_experts] = 0
         for expert in range(num_experts):

@@ -1,11 +1,17 @@
 """Throw 70 % of the tokens onto one expert of a running product and watch its replicas.
 
-    python -m benchmarks.hot_expert
+    python -m benchmarks.hot_expert [--load decode|prefill]
 
 `expertfleet up --workers 2` serves a random checkpoint whose prompts choose whether the last expert
 is hot in every layer (`benchmarks/hot_checkpoint.py`). The same load shifts onto it twice: on a
 fixed fleet, then with `--autoscale`. Shadow copies are off: with them the replica would mostly be
-there already. Writes docs/performance/hot-expert.md and .svg; takes about three minutes.
+there already. Writes docs/performance/hot-expert.md and .svg; takes about four minutes for each
+of two loads.
+
+On two cores a decoding load has no core to spare: clients and gateway take what the colder worker
+leaves, so that the replica can only bring what the two cores' whole time allows. A load of long
+prompts and short answers is nearly all experts, and shows what a replica brings where a core is
+free.
 """
 
 from __future__ import annotations
@@ -35,11 +41,8 @@ from services.core.redis_registry import RedisRegistry
 from services.core.registry import FleetSnapshot
 from tests.support.product import Product
 
-NUM_STREAMS = 96
-NUM_HOT_STREAMS = 63
+HOT_STREAMS_SHARE = 0.66
 """With an eighth of the ordinary ones' tokens about 70 % of all go to the hot expert."""
-PROMPT_TOKENS = 8
-MAX_TOKENS = 32
 CALM_S = 12.0
 SETTLE_S = 3.0
 GIVE_BACK_TIMEOUT_S = 60.0
@@ -47,8 +50,27 @@ OUT = Path(__file__).parents[1] / "docs" / "performance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Clients that ask again and again, each for `max_tokens` after a prompt of so many."""
+
+    num_streams: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def num_hot(self) -> int:
+        return round(HOT_STREAMS_SHARE * self.num_streams)
+
+
+LOADS = {
+    "decode": Load(num_streams=96, prompt_tokens=8, max_tokens=32),
+    "prefill": Load(num_streams=32, prompt_tokens=240, max_tokens=4),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """What was seen between two times of `time.perf_counter`."""
+    """What was seen between two times of `time.perf_counter`; tokens are those of prompts too."""
 
     name: str
     tokens_per_s: float
@@ -68,19 +90,19 @@ class Run:
     def phase(self, name: str, begin: float, end: float) -> Phase:
         return Phase(
             name=name,
-            tokens_per_s=self.load.throughput(begin, end),
+            tokens_per_s=self.load.computed_per_s(begin, end),
             p99_gap_ms=self.load.p99_gap_ms(begin, end),
             hot_share=_hot_share(self.watch, begin, end),
         )
 
 
-async def measure(model: Path, folder: Path, hot_s: float, *, autoscale: bool) -> Run:
+async def measure(model: Path, folder: Path, asked: Load, hot_s: float, *, autoscale: bool) -> Run:
     """Ordinary load for a while, then the hot one, then (with `autoscale`) none until the replicas
     have gone."""
     options = ["--autoscale", "--no-shadow-copies"] if autoscale else []
-    async with _running(model, folder, options) as run:
-        ordinary = [ORDINARY_TOKENS] * NUM_STREAMS
-        hot = [HOT_TOKENS] * NUM_HOT_STREAMS + ordinary[NUM_HOT_STREAMS:]
+    async with _running(model, folder, asked, options) as run:
+        ordinary = [ORDINARY_TOKENS] * asked.num_streams
+        hot = [HOT_TOKENS] * asked.num_hot + ordinary[asked.num_hot :]
         await run.load.streams(ordinary, CALM_S if autoscale else SETTLE_S)
         run.onset = time.perf_counter()
         await run.load.streams(hot, hot_s)
@@ -98,31 +120,50 @@ async def measure(model: Path, folder: Path, hot_s: float, *, autoscale: bool) -
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Watch a hot expert get its replica.")
     parser.add_argument("--hot-s", type=float, default=30.0, help="seconds of hot load")
+    parser.add_argument("--load", choices=tuple(LOADS), help="default: both, one after the other")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the report")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_hot_checkpoint(folder / "model")
-        fixed = asyncio.run(measure(model, folder / "fixed", given.hot_s, autoscale=False))
-        scaled = asyncio.run(measure(model, folder / "scaled", given.hot_s, autoscale=True))
-    text = report(fixed, scaled)
+        given.out.mkdir(parents=True, exist_ok=True)
+        text = heading()
+        for name in [given.load] if given.load else LOADS:
+            asked = LOADS[name]
+            fixed, scaled = (
+                asyncio.run(
+                    measure(
+                        model, folder / f"{name}-{scales}", asked, given.hot_s, autoscale=scales
+                    )
+                )
+                for scales in (False, True)
+            )
+            drawing = f"hot-expert-{name}.svg"
+            (given.out / drawing).write_text(_drawing(fixed, scaled))
+            text += report(name, asked, drawing, fixed, scaled)
     print(text)
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "hot-expert.md").write_text(text)
-    (given.out / "hot-expert.svg").write_text(_drawing(fixed, scaled))
 
 
-def report(fixed: Run, scaled: Run) -> str:
+def heading() -> str:
+    return (
+        f"# A hot expert\n\n{datetime.date.today()}, {describe_machine()}. "
+        f"`python -m benchmarks.hot_expert`: {SHAPE.num_hidden_layers} layers x "
+        f"{SHAPE.num_local_experts} experts of {SHAPE.hidden_size} x {SHAPE.intermediate_size}, "
+        f"random, {SHAPE.num_experts_per_tok} expert per token; `up --workers 2`. Tokens are those "
+        "of prompts and answers.\n"
+    )
+
+
+def report(name: str, asked: Load, drawing: str, fixed: Run, scaled: Run) -> str:
     lines = [
-        "# A hot expert",
         "",
-        f"{datetime.date.today()}, {describe_machine()}. `python -m benchmarks.hot_expert`: "
-        f"{SHAPE.num_hidden_layers} layers x {SHAPE.num_local_experts} experts of "
-        f"{SHAPE.hidden_size} x {SHAPE.intermediate_size}, random, "
-        f"{SHAPE.num_experts_per_tok} expert per token; `up --workers 2`, {NUM_STREAMS} streams, "
-        f"of which {NUM_HOT_STREAMS} move onto expert {HOT_EXPERT}.",
+        f"## {name}",
         "",
-        "![tokens per second over time](hot-expert.svg)",
+        f"{asked.num_streams} streams of {asked.prompt_tokens} + {asked.max_tokens} tokens, of "
+        f"which {asked.num_hot} move onto expert {HOT_EXPERT}.",
+        "",
+        f"![tokens per second over time]({drawing})",
         "",
         "| phase | tokens/s | p99 between tokens, ms | tokens on the hot expert |",
         "|---|---|---|---|",
@@ -156,7 +197,9 @@ def report(fixed: Run, scaled: Run) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _running(model: Path, folder: Path, options: Sequence[str]) -> AsyncIterator[Run]:
+async def _running(
+    model: Path, folder: Path, asked: Load, options: Sequence[str]
+) -> AsyncIterator[Run]:
     arguments = ["--workers", "2", "--no-ray", "--dtype", "bfloat16", *options]
     product = Product(folder, *arguments, model=model)
     await asyncio.to_thread(product.start)
@@ -164,7 +207,9 @@ async def _running(model: Path, folder: Path, options: Sequence[str]) -> AsyncIt
     registry = RedisRegistry(f"unix://{store}", fleet="default")
     watch = FleetWatch(registry=registry)
     watching = asyncio.create_task(watch.run())
-    load = StreamLoad(url=product.url, prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS)
+    load = StreamLoad(
+        url=product.url, prompt_tokens=asked.prompt_tokens, max_tokens=asked.max_tokens
+    )
     try:
         yield Run(load=load, watch=watch)
     finally:
@@ -221,7 +266,10 @@ def _drawing(fixed: Run, scaled: Run) -> str:
         return Series(
             name=name,
             points=[
-                (second - SETTLE_S + 0.5, run.load.throughput(begin + second, begin + second + 1))
+                (
+                    second - SETTLE_S + 0.5,
+                    run.load.computed_per_s(begin + second, begin + second + 1),
+                )
                 for second in range(int(last - begin))
             ],
         )

@@ -155,12 +155,11 @@ def _side(
     )
     layout = worker_layout(config, num_workers)
     cores = calibration.num_cores
-    threads = cores if num_workers == 0 else max(1, cores - 1)
     # A process of its own, as a shard has; threads of an earlier one would slow it down.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         measured = pool.submit(
-            _measure_steps, str(folder), endpoints, threads, tuple(batches), config.vocab_size
+            _measure_steps, str(folder), endpoints, cores, tuple(batches), config.vocab_size
         ).result()
     for batch, (step_s, foreign_load) in zip(batches, measured, strict=True):
         tokens = Batch(num_tokens=batch, context=PROMPT_TOKENS + NEW_TOKENS / 2)

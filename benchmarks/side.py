@@ -50,8 +50,7 @@ def main() -> None:
             dtype=arguments.dtype,
             workers=endpoints,
             device="cpu",
-            # Beside workers one core is left for I/O, as in the launched product.
-            num_threads=max(1, cores - 1) if endpoints else cores,
+            num_threads=cores,
             **weights,
         )
         serve_jobs(stack.enter_context(_engine(settings)), results)

@@ -92,7 +92,7 @@ def _answer_twice(
     endpoints = ",".join(worker.endpoint for worker in workers)
     cores = len(os.sched_getaffinity(0))
     shard = AttentionShard.start(
-        settings.override(workers=endpoints, num_threads=max(1, cores - 1)),
+        settings.override(workers=endpoints, num_threads=cores),
         in_process_experts=False,
     )
     try:

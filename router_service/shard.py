@@ -47,6 +47,7 @@ from services.core.settings import Settings
 from services.core.static_registry import StaticRegistry, parse_endpoints
 from services.core.telemetry import SERVICE_SHARD
 from services.core.tensor_codec import dtype_name, resolve_device, torch_dtype
+from services.core.tls import peer_tls
 from services.core.tracing import Tracing, configure_tracing
 from services.sessions.redis_store import RedisSessionStore
 from services.sessions.store import BlockLayout
@@ -76,8 +77,9 @@ class AttentionShard:
         self._tracing = tracing
         self._metrics = metrics
         self._drain_timeout_s = settings.drain_timeout_s
+        self._max_num_seqs = settings.max_num_seqs
         self._started_at = time.time()
-        self._server = ShardServer(self, host=settings.shard_host)
+        self._server = ShardServer(self, host=settings.shard_host, tls=peer_tls(settings))
         self._advertised_host = _advertised_host(settings)
         self._endpoint: str | None = None
         # On a thread of its own: a long step must not cost the lease.
@@ -246,6 +248,7 @@ class AttentionShard:
             metrics_endpoint=self._metrics_endpoint(),
             endpoint=self._endpoint,
             expert_load=load,
+            max_num_seqs=self._max_num_seqs,
         )
 
 
@@ -300,8 +303,11 @@ async def _load_model(
             max_frame_bytes=settings.max_frame_bytes,
             local_host=socket.gethostname(),
             transport=chosen_transport(
-                settings.dispatch_transport, max_frame_bytes=settings.max_frame_bytes
+                settings.dispatch_transport,
+                max_frame_bytes=settings.max_frame_bytes,
+                tls=peer_tls(settings),
             ),
+            seed=secrets.randbits(32),  # equal replicas are not the same shards' first choice
             tracer=tracer,
             metrics=metrics,
         )
@@ -343,7 +349,7 @@ def _advertised_host(settings: Settings) -> str:
 def _registry(settings: Settings) -> Registry:
     """The static list where one is given, else Redis, else this process alone."""
     if settings.workers:
-        return StaticRegistry(parse_endpoints(settings.workers))
+        return StaticRegistry(parse_endpoints(settings.workers), tls=peer_tls(settings))
     if settings.redis_url is not None:
         return RedisRegistry(settings.redis_url, fleet=settings.fleet)
     return MemoryRegistry()

@@ -26,10 +26,15 @@ from services.core.shard_wire import (
     request_from_proto,
     session_to_proto,
 )
+from services.core.tls import PeerTls, bind_port
 
 log = logging.getLogger(__name__)
 
+BEAT_S = 0.1
+"""Something is written so often, also where there is nothing to say: who is silent hangs."""
 _STOP_GRACE_S = 0.2
+_MAX_CHOICE_BYTES = 8 << 20
+"""Past so many bytes of expert choices a step's outputs leave in several messages."""
 StepStream = grpc.aio.ServicerContext[shards_pb2.ShardMessage, shards_pb2.StepOutput]
 
 
@@ -48,9 +53,10 @@ class ServedShard(Protocol):
 class ShardServer:
     """Serves `shard` from `start` on, on a thread of its own."""
 
-    def __init__(self, shard: ServedShard, *, host: str) -> None:
+    def __init__(self, shard: ServedShard, *, host: str, tls: PeerTls | None = None) -> None:
         self._shard = shard
         self._host = host
+        self._tls = tls
         self._thread = LoopThread("shard-server")
         self._server: grpc.aio.Server | None = None
 
@@ -70,7 +76,7 @@ class ShardServer:
         shards_pb2_grpc.add_ShardServiceServicer_to_server(  # type: ignore[no-untyped-call]
             _Servicer(self._shard), self._server
         )
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        port = bind_port(self._server, f"{self._host}:0", self._tls)
         await self._server.start()
         return port
 
@@ -122,16 +128,16 @@ class _GatewayStream:
         self._context = context
         self._running: dict[int, asyncio.Task[None]] = {}
         self._outputs: list[shards_pb2.RequestOutput] = []
+        self._choice_bytes = 0
         self._has_outputs = asyncio.Event()
 
     async def serve(self) -> None:
-        writing = asyncio.create_task(self._write())
+        tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._beat())]
         try:
             while (message := await self._context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 self._act(message)
         finally:
-            writing.cancel()
-            for task in self._running.values():
+            for task in (*tasks, *self._running.values()):
                 task.cancel()
 
     def _act(self, message: shards_pb2.ShardMessage) -> None:
@@ -149,6 +155,7 @@ class _GatewayStream:
             stream = self._shard.generate(request_from_proto(message))
             async with aclosing(stream):  # type: ignore[type-var]
                 async for deltas in stream:
+                    self._choice_bytes += sum(len(delta.expert_choices) for delta in deltas)
                     self._put(
                         shards_pb2.RequestOutput(
                             request_number=number, deltas=[delta_to_proto(d) for d in deltas]
@@ -166,13 +173,23 @@ class _GatewayStream:
         self._outputs.append(output)
         self._has_outputs.set()
 
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._has_outputs.set()
+
     async def _write(self) -> None:
         """All requests of a step have put their tokens by the time this runs again."""
         while True:
             await self._has_outputs.wait()
             self._has_outputs.clear()
             outputs, self._outputs = self._outputs, []
-            await self._context.write(shards_pb2.StepOutput(outputs=outputs))
+            # A request's choices are a MiB at most (`MAX_EXPERT_CHOICES`).
+            piece = len(outputs) if self._choice_bytes <= _MAX_CHOICE_BYTES else 8
+            self._choice_bytes = 0
+            for first in range(0, max(1, len(outputs)), max(1, piece)):
+                step = shards_pb2.StepOutput(outputs=outputs[first : first + piece])
+                await self._context.write(step)
 
 
 async def _abort(

@@ -98,6 +98,7 @@ class RemoteExperts:
             chooser=self._chooser,
             on_gone=self._telemetry.forget_worker,
             on_ejected=self._telemetry.count_ejection,
+            on_lost=self._telemetry.count_lost,
         )
         self._telemetry.export_workers(self._chooser.figures, lambda: len(self._pool.refusals()))
         self._parts = DispatchParts(

@@ -11,7 +11,6 @@ from array import array
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from router_service.dispatch.dispatch_plan import (
@@ -23,6 +22,7 @@ from router_service.dispatch.dispatch_plan import (
 from router_service.dispatch.lane_rounds import LaneRound, LaneRounds
 from router_service.dispatch.lane_transport import LaneWorkerLink
 from router_service.dispatch.layer_dispatch import DispatchParts, LayerDispatch
+from router_service.dispatch.replica_chooser import Choice
 from router_service.dispatch.sent_frame import SentFrame
 from router_service.dispatch.worker_pool import PoolView
 from router_service.experts import StepContext
@@ -35,11 +35,11 @@ _MAX_UNBOOKED = 32
 
 
 class LaneCall(NamedTuple):
-    """A call whose frames are on their way, or over. `workers` [E] are numbers of `view`."""
+    """A call whose frames are on their way, or over. Workers of `choice` are numbers of `view`."""
 
     round_: LaneRound
     view: PoolView
-    workers: NDArray[np.int64]
+    choice: Choice
 
     @property
     def request(self) -> RoundRequest:
@@ -70,7 +70,7 @@ class LaneCalls:
     ) -> LaneCall | None:
         """Send a call's frames. None, with nothing sent, where it must go another way: a sampled
         step, a tensor that is not on the CPU, a token that is not finite, an expert without a
-        worker or shared by several, a worker without a lane, a frame that must be split."""
+        worker, a worker without a lane, a frame that must be split."""
         if context.is_traced or not topk_ids.is_cpu or topk_ids.shape[1] > MAX_COMBINED_TOP_K:
             return None
         view, chooser = self._parts.pool.view, self._parts.chooser
@@ -79,8 +79,6 @@ class LaneCalls:
             self._book_answers()
             rows_per_expert = np.bincount(topk_ids.numpy().ravel(), minlength=len(rows_per_expert))
         choice = chooser.plan(layer, rows_per_expert, skip_stuck=context.incidents is not None)
-        if choice.shares:
-            return None
         round_ = self._rounds.start(
             layer=layer,
             hidden_states=hidden_states,
@@ -89,10 +87,11 @@ class LaneCalls:
             worker_of_expert=choice.workers,
             links=view.links,
             max_rows=self._max_rows_of(view, hidden_states, topk_ids.shape[1]),
+            shares=choice.shares,
             stream=context.micro_batch,
             may_block=context.num_micro_batches == 1,
         )
-        return None if round_ is None else LaneCall(round_, view, choice.workers)
+        return None if round_ is None else LaneCall(round_, view, choice)
 
     async def finish(self, call: LaneCall) -> bool:
         """Whether the call became whole; then its output is there, and it is in the books.
@@ -114,8 +113,9 @@ class LaneCalls:
     def hand_over(self, call: LaneCall, gated: GatedTokens, dispatch: LayerDispatch) -> None:
         """Let `dispatch`, of the same call, go on with the frames as they are."""
         self._book_answers()
-        view = call.view
-        frames = {frame.worker: frame for frame in plan_dispatch(gated, call.workers).frames}
+        view, choice = call.view, call.choice
+        plan = plan_dispatch(gated, choice.workers, choice.shares)
+        frames = {frame.worker: frame for frame in plan.frames}
         parts = call.round_.parts
         sent = []
         for part in parts:

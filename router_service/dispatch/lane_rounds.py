@@ -20,12 +20,15 @@ from torch import Tensor
 
 from router_service.dispatch.lane_hub import LaneHub
 from router_service.dispatch.lane_transport import LaneWorkerLink
+from router_service.dispatch.replica_choice import Share
 from router_service.dispatch.transport import WorkerLink
 from services.core.lane.client import DTYPES, MAX_TOP_K, RoundPart, RoundRequest, RoundState
 
 BLOCKING_WAIT_S = 0.02
 """How long the loop may stand still for a call that is alone in flight. Going back to the loop and
 being woken by it costs a decode call more than anything else that is left."""
+
+_NO_SHARES = array("q")
 
 
 class LaneRounds:
@@ -47,11 +50,12 @@ class LaneRounds:
         worker_of_expert: NDArray[np.int64],
         links: Sequence[WorkerLink],
         max_rows: array[int],
+        shares: Sequence[Share],
         stream: int,
         may_block: bool,
     ) -> LaneRound | None:
         """Send a call's frames, `worker_of_expert` int64 [E] to `links` [W] with at most
-        `max_rows` int64 [W] rows each.
+        `max_rows` int64 [W] rows each. Experts in `shares` go to several.
 
         None, with nothing sent, where a token is not finite, a worker has no lane, or shapes and
         dtypes are not those of `RoundRequest`. With `may_block` the round is likely over when this
@@ -75,6 +79,7 @@ class LaneRounds:
             worker_of_expert=worker_of_expert,
             connections=self._connections_of(links, stream),
             max_rows=max_rows,
+            shares=_share_words(shares) if shares else _NO_SHARES,
         )
         round_ = LaneRound(self._hub, request)
         is_alone = may_block and self._num_in_flight == 0
@@ -155,6 +160,15 @@ class LaneRound:
     def _settle(self) -> None:
         if self._settled is not None and not self._settled.done():
             self._settled.set_result(None)
+
+
+def _share_words(shares: Sequence[Share]) -> array[int]:
+    """As `RoundRequest` has them."""
+    words = array("q")
+    for share in sorted(shares):
+        for worker, num_rows in zip(share.workers, share.rows, strict=True):
+            words.extend((share.expert, worker, num_rows))
+    return words
 
 
 def _connection(link: WorkerLink, stream: int) -> int:

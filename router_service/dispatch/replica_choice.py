@@ -25,7 +25,7 @@ FRAME_S = 1e-4
 """What one more frame costs: packing, sending and taking in the answer, mostly on the shard."""
 REMOTE_HANDICAP = 1.1
 """A replica on another host must be expected to end this much sooner than one on the same."""
-MIN_SPLIT_ROWS = 32
+MIN_SPLIT_ROWS = 16
 """Fewer rows of an expert are never shared."""
 _MIN_SHARE_ROWS = 8
 _SPLIT_GAIN = 0.9

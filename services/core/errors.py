@@ -13,7 +13,7 @@ EXIT_BAD_INPUT = 2
 """Exit status of a process whose settings, arguments or checkpoint cannot be used; starting it
 again would not help."""
 
-LossReason = Literal["died", "drained", "unreachable"]
+LossReason = Literal["died", "hung", "drained", "unreachable"]
 """A shard died with the request in its hands; handed it back in good order; never took it."""
 
 
@@ -114,6 +114,13 @@ class UnavailableError(ExpertfleetError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     code = "unavailable"
+
+
+class PeerTlsError(UnavailableError):
+    """A process of the fleet and this one do not come together for want of certificates, or for
+    wrong ones."""
+
+    code = "peer_tls"
 
 
 class ExpertUnavailableError(UnavailableError):

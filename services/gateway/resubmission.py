@@ -120,7 +120,8 @@ class Losses:
 
     def _not_taken(self, error: ShardLostError, sent_at: float, now: float) -> None:
         if self._unreachable_since is None:
-            self._unreachable_since = sent_at
+            # One that drains or hangs may have had the request for long.
+            self._unreachable_since = sent_at if error.reason == "unreachable" else now
         if now - self._unreachable_since >= self._shard_wait_s:
             raise UnavailableError(
                 f"no attention shard took the request within {self._shard_wait_s:g} s "

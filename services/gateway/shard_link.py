@@ -10,7 +10,7 @@ from typing import TypeVar
 import grpc.aio
 
 from protos import shards_pb2, shards_pb2_grpc
-from services.core.errors import ExpertfleetError, ShardLostError, UnavailableError
+from services.core.errors import ExpertfleetError, LossReason, ShardLostError, UnavailableError
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
 from services.core.grpc_options import shard_options
 from services.core.shard_wire import (
@@ -19,6 +19,9 @@ from services.core.shard_wire import (
     request_to_proto,
     session_from_proto,
 )
+from services.core.tls import PeerTls, open_channel
+from services.core.tls_diagnosis import unreachable
+from services.gateway.beat_watch import BeatWatch
 from services.gateway.shard_choice import RUNNING_COST, request_cost
 
 _CALL_TIMEOUT_S = 5.0
@@ -29,16 +32,29 @@ _Inbox = asyncio.Queue[shards_pb2.RequestOutput | None]
 class ShardLink:
     """Used on one event loop. Once the stream has ended, the link is broken and stays so."""
 
-    def __init__(self, shard_id: str, endpoint: str) -> None:
+    def __init__(
+        self,
+        shard_id: str,
+        endpoint: str,
+        *,
+        tls: PeerTls | None = None,
+        beats: BeatWatch | None = None,
+    ) -> None:
         self.shard_id = shard_id
+        self.beats = beats or BeatWatch()
+        """Is told of every message."""
+        self._endpoint = endpoint
+        self._tls = tls
         self.broken = asyncio.Event()
         self.reason = ""
         """Why it broke."""
+        self._loss_reason: LossReason = "died"
+        self._has_heard = asyncio.Event()
         self._numbers = itertools.count(1)
         self._inboxes: dict[int, _Inbox] = {}
         self._outgoing: asyncio.Queue[shards_pb2.ShardMessage | None] = asyncio.Queue()
         self._cost = 0
-        self._channel = grpc.aio.insecure_channel(endpoint, options=shard_options())
+        self._channel = open_channel(endpoint, tls, shard_options())
         self._stub = shards_pb2_grpc.ShardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._reader: asyncio.Task[None] | None = None
 
@@ -49,13 +65,26 @@ class ShardLink:
         return self._cost
 
     async def connect(self, timeout_s: float) -> None:
-        """Raises `UnavailableError`."""
+        """Raises `UnavailableError`, also where a shard that is known to beat does not: the
+        connection to one that hangs may well be open."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._channel.channel_ready()
         except TimeoutError:
-            raise UnavailableError(f"shard {self.shard_id} does not answer") from None
+            raise await unreachable(
+                f"shard {self.shard_id}",
+                self._endpoint,
+                self._tls,
+                otherwise=f"shard {self.shard_id} does not answer",
+            ) from None
+        self.beats.connected()
         self._reader = asyncio.create_task(self._read(), name=f"shard {self.shard_id}")
+        if self.beats.has_beaten:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._has_heard.wait()
+            except TimeoutError:
+                raise UnavailableError(f"shard {self.shard_id} hangs") from None
 
     async def close(self) -> None:
         """Requests in flight get `ShardLostError`."""
@@ -64,6 +93,12 @@ class ShardLink:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close(None)
+
+    def give_up(self, reason: str) -> None:
+        """The shard hangs: break the link, so that requests in flight get `ShardLostError`. Should
+        it go on, it sees its stream cancelled and drops them."""
+        self._loss_reason = "hung"
+        self._break(reason)
 
     async def generate(
         self, request: GenerateRequest
@@ -98,7 +133,9 @@ class ShardLink:
                         if output.HasField("error"):
                             raise error_from_proto(output.error)
                         return
-            raise ShardLostError(f"shard {self.shard_id} is gone: {self.reason}", reason="died")
+            raise ShardLostError(
+                f"shard {self.shard_id} is gone: {self.reason}", reason=self._loss_reason
+            )
         finally:
             del self._inboxes[number]
             self._cost -= cost
@@ -130,6 +167,8 @@ class ShardLink:
     async def _read(self) -> None:
         try:
             async for step in self._stub.Generate(self._drain()):
+                self.beats.heard(is_beat=not step.outputs)
+                self._has_heard.set()
                 for output in step.outputs:
                     if inbox := self._inboxes.get(output.request_number):
                         inbox.put_nowait(output)

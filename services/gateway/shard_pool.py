@@ -6,11 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from services.core.errors import DrainingError, ShardLostError, UnavailableError
+from services.core.errors import DrainingError, PeerTlsError, ShardLostError, UnavailableError
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
 from services.core.registry import Registry, ShardRecord
+from services.core.tls import PeerTls
+from services.gateway.beat_watch import TICK_S, BeatWatch
+from services.gateway.console.activity import Activity
+from services.gateway.console.shard_timer import ShardTimer
 from services.gateway.shard_choice import RUNNING_COST, ShardChooser, session_shard
 from services.gateway.shard_link import ShardLink
 
@@ -26,6 +30,7 @@ class _Member:
     """A shard of the registry. `link` is None while it cannot be reached."""
 
     record: ShardRecord
+    beats: BeatWatch = field(default_factory=BeatWatch)
     task: asyncio.Task[None] | None = None
     link: ShardLink | None = None
     is_draining: bool = False
@@ -37,14 +42,26 @@ class ShardPool:
     The registry is read every `refresh_s`. A shard whose lease is missing is kept as long as its
     link holds: the store may have lost the lease, or take no new ones. A shard that says that it is
     draining gets nothing new. What a shard has stays with it until it ends or the shard is gone.
+    One that hangs counts as gone while another takes requests, and is used again once it answers.
+    `activity` is told how long each request took its shard.
     """
 
-    def __init__(self, registry: Registry, *, refresh_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        refresh_s: float = 0.5,
+        tls: PeerTls | None = None,
+        activity: Activity | None = None,
+    ) -> None:
         self._registry = registry
+        self._activity = activity
+        self._tls = tls
         self._refresh_s = refresh_s
         self._chooser = ShardChooser()
         self._members: dict[str, _Member] = {}
         self._follower: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._has_read = asyncio.Event()
 
     @property
@@ -58,9 +75,11 @@ class ShardPool:
         """See `ShardClient.generate`. Raises `ShardLostError` where another shard, or the same one
         once it is back, could go on."""
         member, link = await self._choose(request)
+        timer = ShardTimer(request)
         try:
             async with aclosing(link.generate(request)) as stream:
                 async for deltas in stream:
+                    timer.take(deltas)
                     yield deltas
         except DrainingError as error:
             member.is_draining = True
@@ -69,6 +88,9 @@ class ShardPool:
             # Told before its lease tells: a session's request must not be sent there again.
             member.is_draining |= error.reason == "drained"
             raise
+        finally:
+            if self._activity is not None:
+                self._activity.shard_served(link.shard_id, timer.ttft_s, timer.tpot_s)
 
     async def get_session(self, tenant: str, session_id: str) -> SessionInfo | None:
         links = await self._links()
@@ -94,9 +116,10 @@ class ShardPool:
         raise missing
 
     async def close(self) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
+        for following in (self._follower, self._watcher):
+            if following is not None:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
         tasks = [member.task for member in self._members.values() if member.task]
         self._members.clear()
         for task in tasks:
@@ -120,6 +143,7 @@ class ShardPool:
         """Of the shards that take requests, at least one. Raises `ShardLostError`."""
         if self._follower is None:
             self._follower = asyncio.create_task(self._follow_registry(), name="shards")
+            self._watcher = asyncio.create_task(self._watch_beats(), name="shards' beats")
         await self._has_read.wait()
         links = self._joined_links()
         if not links:
@@ -136,6 +160,29 @@ class ShardPool:
             and not member.link.broken.is_set()
             and not member.is_draining
         }
+
+    async def _watch_beats(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for member in self._members.values():
+                member.beats.tick(loop.time())
+            self._give_up_silent()
+            await asyncio.sleep(TICK_S)
+
+    def _give_up_silent(self) -> None:
+        """Only while a shard that is not silent takes requests: one that is alone is waited for."""
+        silent = [
+            member
+            for member in self._members.values()
+            if member.link is not None
+            and member.beats.is_silent
+            and not member.link.broken.is_set()
+        ]
+        if silent and any(not link.beats.is_silent for link in self._joined_links().values()):
+            for member in silent:
+                assert member.link is not None
+                member.link.give_up(f"it was silent for {member.beats.silent_s:.2f} s")
+                member.beats.given_up()
 
     async def _follow_registry(self) -> None:
         is_away = False
@@ -176,15 +223,21 @@ class ShardPool:
 
     async def _keep_joined(self, member: _Member) -> None:
         """Connect, wait until the link breaks, and again, while the shard is a member."""
-        record, backoff_s = member.record, _FIRST_BACKOFF_S
+        record, backoff_s, refusal = member.record, _FIRST_BACKOFF_S, ""
         while True:
-            link = ShardLink(record.shard_id, record.endpoint or "")
+            link = ShardLink(
+                record.shard_id, record.endpoint or "", tls=self._tls, beats=member.beats
+            )
             try:
                 await link.connect(_CONNECT_TIMEOUT_S)
                 member.link, backoff_s = link, _FIRST_BACKOFF_S
                 log.info("shard %s joined", record.shard_id)
                 await link.broken.wait()
                 log.info("shard %s left: %s", record.shard_id, link.reason)
+            except PeerTlsError as error:
+                if error.message != refusal:
+                    log.error("%s", error.message)
+                refusal = error.message
             except UnavailableError as error:
                 log.info("%s", error.message)
             finally:

@@ -3,7 +3,7 @@
 A lane carries the dispatch messages of protos/experts.proto over bare TCP; native code frames,
 sends and receives them (native/client.cpp). Everything is called on one thread.
 
-Shapes: T tokens, K experts per token (1 or 2), E experts, W workers, H hidden_size.
+Shapes: T tokens, K experts per token (1 or 2), E experts, W workers, H hidden_size, S shares.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class RoundRequest:
 
     Tensors are contiguous and on the CPU: hidden_states [T, H] in one of `DTYPES`, topk_ids int64
     [T, K], topk_weights float32 [T, K], output like hidden_states. Arrays are int64:
-    worker_of_expert [E], connections [W] (negative: none) and max_rows [W].
+    worker_of_expert [E], connections [W] (negative: none), max_rows [W], and shares [S * 3]:
+    expert, worker and rows of each, those of an expert together and experts ascending.
     """
 
     __slots__ = ("_held", "_words", "address", "output", "result", "rows_per_expert")
@@ -131,6 +132,7 @@ class RoundRequest:
         worker_of_expert: NDArray[np.int64],
         connections: array[int],
         max_rows: array[int],
+        shares: array[int],
     ) -> None:
         num_tokens, hidden_size = hidden_states.shape
         num_experts, num_workers = len(worker_of_expert), len(connections)
@@ -156,10 +158,13 @@ class RoundRequest:
                 self.output.data_ptr(),
                 self.rows_per_expert.ctypes.data,
                 self.result.buffer_info()[0],
+                len(shares) // 3,
+                shares.buffer_info()[0],
             ),
         )
         self.address = self._words.buffer_info()[0]
-        self._held = hidden_states, topk_ids, topk_weights, worker_of_expert, connections, max_rows
+        tensors = hidden_states, topk_ids, topk_weights
+        self._held = *tensors, worker_of_expert, connections, max_rows, shares
 
     @property
     def state(self) -> int:

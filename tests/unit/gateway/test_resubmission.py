@@ -21,6 +21,7 @@ from services.core.errors import (
     ContextLengthError,
     ExpertUnavailableError,
     InvalidRequestError,
+    LossReason,
     NonFiniteError,
     OverloadedError,
     ShardLostError,
@@ -306,6 +307,17 @@ def test_the_time_that_a_shard_had_the_request_is_no_waiting() -> None:
     losses.lost(ShardLostError("none", reason="unreachable"), sent_at=501.0, now=540.0)
     with pytest.raises(UnavailableError, match="within 60 s"):
         losses.lost(ShardLostError("none", reason="unreachable"), sent_at=541.0, now=561.0)
+
+
+@pytest.mark.parametrize("reason", ["drained", "hung"])
+def test_a_request_that_its_shard_had_for_long_goes_on_when_the_shard_drains_or_hangs(
+    reason: LossReason,
+) -> None:
+    losses = new_losses()
+    losses.progressed()
+    assert losses.lost(ShardLostError("gone", reason=reason), sent_at=0.0, now=500.0) == 0.0
+    with pytest.raises(UnavailableError, match="within 60 s"):
+        losses.lost(ShardLostError("gone", reason=reason), sent_at=501.0, now=560.0)
 
 
 class Hospital:

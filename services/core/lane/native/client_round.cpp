@@ -56,12 +56,7 @@ bool Round::plan(const RoundRequest& request) {
   if (request.num_tokens < 1 || request.top_k < 1 || request.top_k > 2) return refuse(kBadRequest);
   if (!sort_by_expert()) return refuse(kBadRequest);
   if (!is_finite()) return refuse(kNotFinite);
-  for (int64_t expert = 0; expert < request.num_experts; ++expert) {
-    const int64_t worker = request.worker_of_expert[expert];
-    if (!request.rows_per_expert[expert]) continue;
-    if (worker < 0 || worker >= request.num_workers) return refuse(kNoWorker);
-    if (request.connections[worker] < 0) return refuse(kNoWorker);
-  }
+  if (const Refusal refusal = cut(); refusal != kNone) return refuse(refusal);
   for (int64_t worker = 0; worker < request.num_workers; ++worker) {
     if (!plan_worker(worker)) return refuse(kTooManyRows);
   }
@@ -221,6 +216,40 @@ bool Round::sort_by_expert() {
   return true;
 }
 
+// Cuts the sorted assignments into pieces of one expert and one worker each.
+Refusal Round::cut() {
+  pieces_.clear();
+  const RowShare* share = request_.shares;
+  const RowShare* const stop_share = share + request_.num_shares;
+  for (size_t expert = 0; expert < static_cast<size_t>(request_.num_experts); ++expert) {
+    size_t first = first_of_expert_[expert];
+    const size_t stop = first_of_expert_[expert + 1];
+    if (share == stop_share || share->expert != static_cast<int64_t>(expert)) {
+      if (!add_piece(expert, request_.worker_of_expert[expert], first, stop)) return kNoWorker;
+      continue;
+    }
+    for (; share != stop_share && share->expert == static_cast<int64_t>(expert); ++share) {
+      if (share->num_rows < 0 || share->num_rows > static_cast<int64_t>(stop - first)) {
+        return kBadRequest;
+      }
+      const size_t next = first + static_cast<size_t>(share->num_rows);
+      if (!add_piece(expert, share->worker, first, next)) return kNoWorker;
+      first = next;
+    }
+    if (first != stop) return kBadRequest;
+  }
+  return share == stop_share ? kNone : kBadRequest;
+}
+
+// False if nobody can be sent it.
+bool Round::add_piece(size_t expert, int64_t worker, size_t first, size_t stop) {
+  if (first == stop) return true;
+  if (worker < 0 || worker >= request_.num_workers) return false;
+  if (request_.connections[worker] < 0) return false;
+  pieces_.push_back({expert, worker, first, stop});
+  return true;
+}
+
 // False if there are more rows than the worker takes.
 bool Round::plan_worker(int64_t worker) {
   const size_t num_tokens = static_cast<size_t>(request_.num_tokens);
@@ -232,12 +261,11 @@ bool Round::plan_worker(int64_t worker) {
   part.first_token = token_ids_.size();
   part.first_assignment = token_rows_.size();
   row_of_token_.assign(num_tokens, -1);
-  for (size_t expert = 0; expert < static_cast<size_t>(request_.num_experts); ++expert) {
-    const size_t first = first_of_expert_[expert], stop = first_of_expert_[expert + 1];
-    if (request_.worker_of_expert[expert] != worker || first == stop) continue;
-    expert_ids_.push_back(static_cast<uint32_t>(expert));
-    rows_per_expert_.push_back(static_cast<uint32_t>(stop - first));
-    for (size_t i = first; i < stop; ++i) {
+  for (const Piece& piece : pieces_) {
+    if (piece.worker != worker) continue;
+    expert_ids_.push_back(static_cast<uint32_t>(piece.expert));
+    rows_per_expert_.push_back(static_cast<uint32_t>(piece.stop - piece.first));
+    for (size_t i = piece.first; i < piece.stop; ++i) {
       row_of_token_[static_cast<size_t>(by_expert_[i] / top_k)] = 0;
     }
   }
@@ -249,9 +277,9 @@ bool Round::plan_worker(int64_t worker) {
     row_of_token_[token] = num_rows++;
     token_ids_.push_back(static_cast<int32_t>(token));
   }
-  for (size_t i = part.first_expert; i < part.stop_expert; ++i) {
-    const size_t expert = expert_ids_[i];
-    for (size_t a = first_of_expert_[expert]; a < first_of_expert_[expert + 1]; ++a) {
+  for (const Piece& piece : pieces_) {
+    if (piece.worker != worker) continue;
+    for (size_t a = piece.first; a < piece.stop; ++a) {
       token_rows_.push_back(row_of_token_[static_cast<size_t>(by_expert_[a] / top_k)]);
       topk_weights_.push_back(request_.topk_weights[by_expert_[a]]);
     }

@@ -13,6 +13,14 @@
 
 namespace expertfleet::lane::client {
 
+// An expert that several workers compute, whatever worker_of_expert says: of its rows in ascending
+// token the first go to the worker of its first share, and so on. They cover all of its rows.
+struct RowShare {
+  int64_t expert;
+  int64_t worker;
+  int64_t num_rows;
+};
+
 // What is computed, as services/core/lane/client.py passes it: words of 64 bits.
 struct RoundRequest {
   int64_t layer;
@@ -31,6 +39,8 @@ struct RoundRequest {
   uint8_t* output;                  // [T, H], written once the round is whole
   int64_t* rows_per_expert;         // [E], written at once
   int64_t* result;                  // RoundResult and W times PartResult, kept up to date
+  int64_t num_shares;
+  const RowShare* shares;           // [S], those of an expert together, experts ascending
 };
 
 enum RoundState : int64_t { kWaiting = 0, kWhole = 1, kFaulty = 2 };
@@ -63,7 +73,13 @@ struct PartResult {
 };
 
 // Why a round is not begun; nothing was sent.
-enum Refusal : int64_t { kNotFinite = -1, kNoWorker = -2, kTooManyRows = -3, kBadRequest = -4 };
+enum Refusal : int64_t {
+  kNone = 0,
+  kNotFinite = -1,
+  kNoWorker = -2,
+  kTooManyRows = -3,
+  kBadRequest = -4
+};
 
 class Round {
  public:
@@ -100,9 +116,18 @@ class Round {
     Message message;
   };
 
+  // Consecutive rows of an expert, a range of by_expert_, that one worker computes.
+  struct Piece {
+    size_t expert;
+    int64_t worker;
+    size_t first, stop;
+  };
+
   bool refuse(Refusal refusal);
   bool is_finite() const;
   bool sort_by_expert();
+  Refusal cut();
+  bool add_piece(size_t expert, int64_t worker, size_t first, size_t stop);
   bool plan_worker(int64_t worker);
   size_t row_bytes() const;
   PartResult& part_result(size_t part);
@@ -118,6 +143,7 @@ class Round {
   std::vector<Part> parts_;
   std::vector<size_t> first_of_expert_;   // [E + 1]
   std::vector<int32_t> by_expert_;        // [A], assignments token * K + k
+  std::vector<Piece> pieces_;             // all of by_expert_, in its order
   std::vector<int32_t> row_of_token_;     // [T], of one worker
   std::vector<uint8_t> has_row_;          // [T]
   // Of all parts, one after the other.

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from protos import experts_pb2
+from router_service.dispatch import layer_dispatch, worker_health
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
@@ -42,6 +43,7 @@ from services.core.telemetry import (
     METRIC_DISPATCH_RETRIES,
     METRIC_EXPERT_TOKENS,
     METRIC_EXPERT_WAIT,
+    METRIC_LOST_WORKERS,
     METRIC_OUTSTANDING_ROWS,
     SPAN_DISPATCH,
     SPAN_LAYER,
@@ -53,6 +55,9 @@ from tests.support.fake_workers import FakeTransport, FakeWorker, Fault, random_
 from tests.support.moe_layers import random_gate
 
 CONTEXT = StepContext()
+SOON_S = 20.0
+"""Far below a timeout of a minute, and more than a busy machine makes of a moment."""
+GRACE_S = 1.5
 
 
 def make_workers(
@@ -82,7 +87,7 @@ async def remote(
     registry = MemoryRegistry()
     for worker in workers:
         await registry.publish(worker.record, 1e9)
-    settings: dict[str, Any] = {"refresh_s": 0.01, "expert_wait_s": 5.0, "call_timeout_s": 5.0}
+    settings: dict[str, Any] = {"refresh_s": 0.01, "expert_wait_s": 60.0, "call_timeout_s": 60.0}
     experts = RemoteExperts(
         workers[0].config,
         registry=registry,
@@ -188,7 +193,7 @@ async def test_a_frame_that_fails_is_sent_to_the_other_replica(fault: Fault) -> 
             worker.faults.append(fault)
         started = time.monotonic()
         await check_call(experts, workers[0], num_tokens=30)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < SOON_S
 
 
 async def test_a_frame_that_is_not_answered_in_time_is_sent_to_the_other_replica() -> None:
@@ -224,12 +229,12 @@ async def test_a_frame_past_its_deadline_goes_to_the_other_replica_long_before_t
 ):
     workers = make_workers(2, replicas=2)
     metrics = CollectorRegistry()
-    async with remote(workers, call_timeout_s=30.0, metrics=metrics) as experts:
+    async with remote(workers, call_timeout_s=60.0, metrics=metrics) as experts:
         await warm_up(experts, workers[0])
         for worker in workers[:2]:
             worker.faults.append("silent")
         for _ in range(3):
-            assert await timed_call(experts, workers[0]) < 2.0
+            assert await timed_call(experts, workers[0]) < SOON_S
         assert metrics.get_sample_value(METRIC_DISPATCH_HEDGES) in (1, 2)
         retries = metrics.get_sample_value(METRIC_DISPATCH_RETRIES, {"reason": "late"})
         assert retries == metrics.get_sample_value(METRIC_DISPATCH_HEDGES)
@@ -238,10 +243,11 @@ async def test_a_frame_past_its_deadline_goes_to_the_other_replica_long_before_t
 async def test_a_slow_replica_holds_up_no_call_and_its_late_answers_are_accounted() -> None:
     workers = make_workers(1, replicas=2)
     metrics = CollectorRegistry()
-    async with remote(workers, call_timeout_s=30.0, metrics=metrics) as experts:
+    async with remote(workers, call_timeout_s=60.0, metrics=metrics) as experts:
         await warm_up(experts, workers[0])
-        workers[0].delay_s = 2.0
-        assert max([await timed_call(experts, workers[0]) for _ in range(10)]) < 1.5
+        workers[0].delay_s = 3600.0
+        assert max([await timed_call(experts, workers[0]) for _ in range(10)]) < SOON_S
+        workers[0].answer_late()
 
         def outstanding() -> float | None:
             return metrics.get_sample_value(METRIC_OUTSTANDING_ROWS, {"worker": "a0"})
@@ -254,12 +260,12 @@ async def test_a_slow_replica_holds_up_no_call_and_its_late_answers_are_accounte
             await check_call(experts, workers[0], num_tokens=30)
             return len(workers[0].requests) > before
 
-        await eventually(is_used_again, timeout_s=20.0)
+        await eventually(is_used_again)
 
 
 async def test_an_only_worker_that_is_slow_is_waited_for_and_gets_nothing_twice() -> None:
     workers = make_workers(2)
-    async with remote(workers, call_timeout_s=30.0) as experts:
+    async with remote(workers, call_timeout_s=60.0) as experts:
         await warm_up(experts, workers[0])
         workers[0].delay_s = 0.5
         before = len(workers[0].requests)
@@ -276,7 +282,10 @@ async def test_an_answer_that_comes_twice_counts_once() -> None:
         assert len(workers[0].requests) == 3
 
 
-async def test_a_worker_with_several_faults_in_a_row_is_left_alone_and_then_used_again() -> None:
+async def test_a_worker_with_several_faults_in_a_row_is_left_alone_and_then_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_health, "_FIRST_EJECTION_S", 3600.0)
     workers = make_workers(1, replicas=2)
     metrics = CollectorRegistry()
     async with remote(workers, metrics=metrics) as experts:
@@ -288,12 +297,13 @@ async def test_a_worker_with_several_faults_in_a_row_is_left_alone_and_then_used
         for _ in range(10):
             await check_call(experts, workers[0], num_tokens=30)
         assert len(workers[0].requests) == seen
+        experts._chooser._health["a0"].retry_at = 0.0  # the hour is over
 
         async def is_used_again() -> bool:
             await check_call(experts, workers[0], num_tokens=30)
             return len(workers[0].requests) > seen
 
-        await eventually(is_used_again, timeout_s=10.0)
+        await eventually(is_used_again)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -314,7 +324,10 @@ async def test_the_rows_of_a_hot_expert_are_shared_by_its_replicas_bit_for_bit(t
         assert all(0 in request.assignments.expert_ids for request in requests)
 
 
-async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_are_right() -> None:
+async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_dispatch, "GRACE_S", GRACE_S)
     workers = make_workers(2)
     metrics = CollectorRegistry()
     async with remote(workers, metrics=metrics) as experts:
@@ -329,7 +342,7 @@ async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_ar
         output = await experts.forward(
             1, hidden_states, ids, weights, StepContext(incidents=incidents)
         )
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < SOON_S
         lacks = (ids >= 2).any(1)
         assert torch.equal(output[~lacks], expected[~lacks])
         (missing,) = incidents.missing
@@ -340,9 +353,8 @@ async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_ar
         assert incidents.missing_of(1, 2) == missing
         waited = metrics.get_sample_value(METRIC_EXPERT_WAIT)
         assert waited is not None
-        assert 0 < waited < 1.0
+        assert 0 < waited < SOON_S
         # The grace is the outage's, not the call's: the next call does not wait.
-        started = time.monotonic()
         with pytest.raises(NothingLeftError):
             await experts.forward(
                 0,
@@ -351,7 +363,9 @@ async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_ar
                 weights[1:2],
                 StepContext(incidents=StepIncidents()),
             )
-        assert time.monotonic() - started < 0.2
+        waited_again = metrics.get_sample_value(METRIC_EXPERT_WAIT)
+        assert waited_again is not None
+        assert waited_again - waited < GRACE_S / 2
         assert not experts.is_available([(0, 2)])
         changes: list[bool] = []
         experts.on_change(lambda: changes.append(experts.is_available([(0, 2)])))
@@ -361,14 +375,14 @@ async def test_rows_that_need_a_missing_expert_are_left_behind_and_the_others_ar
 
 async def test_rows_that_a_hung_only_worker_keeps_are_left_behind_until_it_answers() -> None:
     workers = make_workers(2)
-    async with remote(workers, call_timeout_s=30.0) as experts:
+    async with remote(workers, call_timeout_s=60.0) as experts:
         await warm_up(experts, workers[0])
-        workers[1].delay_s = 4.0
+        workers[1].delay_s = 3600.0
         call = random_call(workers[0], 30)
         incidents = StepIncidents()
         started = time.monotonic()
         await experts.forward(1, *call, StepContext(incidents=incidents))
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < SOON_S
         lacks = (call[1] >= 2).any(1)
         assert incidents.missing[0].rows.tolist() == lacks.nonzero()[:, 0].tolist()
         assert not experts.is_available([(0, 3)])
@@ -377,7 +391,8 @@ async def test_rows_that_a_hung_only_worker_keeps_are_left_behind_until_it_answe
         await experts.forward(0, *call, StepContext(incidents=incidents))
         assert incidents.missing
         workers[1].delay_s = 0.0
-        await eventually(lambda: experts.is_available([(0, 3)]), timeout_s=10.0)
+        workers[1].answer_late()
+        await eventually(lambda: experts.is_available([(0, 3)]))
         assert len(workers[1].requests) == sent + 1
         await check_call(experts, workers[0], num_tokens=30)
 
@@ -403,7 +418,7 @@ async def test_a_call_whose_expert_stays_away_fails_and_says_which_and_what_to_d
         started = time.monotonic()
         with pytest.raises(ExpertUnavailableError, match="layer 1") as raised:
             await experts.forward(1, *random_call(workers[0], 30), CONTEXT)
-        assert 0.15 < time.monotonic() - started < 2.0
+        assert 0.15 < time.monotonic() - started < SOON_S
         assert raised.value.details["layer"] == 1
         assert raised.value.details["experts"] == [2, 3]
         assert "expertfleet expert --experts 2,3 --layers 1" in raised.value.message
@@ -654,6 +669,37 @@ async def test_round_trips_and_resends_are_measured_and_series_of_gone_workers_d
     await registry.remove("b0")
     workers[1].kill()
     await eventually(lambda: metrics.get_sample_value(count, {"worker": "b0"}) is None)
+    await experts.close()
+
+
+async def test_a_worker_that_goes_without_a_word_is_counted_once_as_lost() -> None:
+    workers = make_workers(1, replicas=3)
+    metrics = CollectorRegistry()
+    registry, experts = await flaky_fleet(workers, metrics=metrics)
+    await eventually(lambda: len(experts._pool.view.links) == 3)
+
+    async def num_lost() -> float | None:
+        reads = registry.num_reads
+        await eventually(lambda: registry.num_reads > reads + 3)
+        return metrics.get_sample_value(METRIC_LOST_WORKERS)
+
+    assert await num_lost() == 0
+    workers[0].kill()
+    await eventually(lambda: len(experts._pool.view.links) == 2)
+    assert await num_lost() == 1
+    await registry.remove(workers[1].worker_id)
+    workers[1].kill()
+    await eventually(lambda: len(experts._pool.view.links) == 1)
+    assert await num_lost() == 1, "one that takes its lease along has drained"
+    await registry.publish(replace(workers[2].record, state="draining"), 1e9)
+    await eventually(lambda: not experts._pool.view.links)
+    workers[2].kill()
+    assert await num_lost() == 1
+    workers[0].is_up = True
+    await eventually(lambda: len(experts._pool.view.links) == 1)
+    workers[0].kill()
+    await eventually(lambda: not experts._pool.view.links)
+    assert await num_lost() == 2
     await experts.close()
 
 

@@ -25,6 +25,7 @@ from services.core.errors import (
     UnavailableError,
 )
 from services.core.generation import GenerateRequest, TokenLogprob
+from tests.support.at_once import all_at_once
 from tests.support.eventually import eventually
 from tests.support.fake_decoder import (
     EOS,
@@ -113,11 +114,12 @@ async def test_tokens_are_the_same_whatever_the_chunks_the_evictions_and_the_reu
     )
     async with _running(engine):
         lengths = [rng.randrange(1, 20) for _ in prompts]
-        completions = await asyncio.gather(
-            *(
+        completions = await all_at_once(
+            engine,
+            [
                 _complete(engine, fake_request(prompt, length))
                 for prompt, length in zip(prompts, lengths, strict=True)
-            )
+            ],
         )
         stats = engine.stats()
     for prompt, length, completion in zip(prompts, lengths, completions, strict=True):
@@ -132,8 +134,8 @@ async def test_running_out_of_blocks_evicts_and_changes_no_token() -> None:
     engine = fake_engine(num_blocks=10)
     prompts = [[order, order + 1, order + 2] for order in range(4)]
     async with _running(engine):
-        completions = await asyncio.gather(
-            *(_complete(engine, fake_request(prompt, 25)) for prompt in prompts)
+        completions = await all_at_once(
+            engine, [_complete(engine, fake_request(prompt, 25)) for prompt in prompts]
         )
         assert engine.stats().num_preemptions > 0
     assert [item.token_ids for item in completions] == [greedy_tokens(p, 25) for p in prompts]
@@ -257,7 +259,7 @@ async def test_too_much_waiting_work_is_refused_and_the_rest_is_served() -> None
     engine = fake_engine(max_num_seqs=1, max_waiting_tokens=20, decoder=FakeDecoder(4, before=gate))
     async with _running(engine):
         blocking = asyncio.ensure_future(_complete(engine, fake_request([99], 2)))
-        await asyncio.to_thread(gate.reached.wait, 5)
+        await asyncio.to_thread(gate.reached.wait, 60)
         waiting = asyncio.ensure_future(_complete(engine, fake_request([1] * 15, 2)))
         await eventually(lambda: engine.stats().num_waiting == 1)
         with pytest.raises(OverloadedError) as caught:
@@ -281,7 +283,7 @@ async def test_cancelling_the_reader_frees_the_blocks_within_a_step() -> None:
     gate = _Gate(token=42)
     async with _running(fake_engine(decoder=FakeDecoder(4, before=gate))) as engine:
         reader = asyncio.ensure_future(_complete(engine, fake_request([42], 200)))
-        await asyncio.to_thread(gate.reached.wait, 5)
+        await asyncio.to_thread(gate.reached.wait, 60)
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
@@ -297,7 +299,7 @@ async def test_a_request_that_waits_can_be_aborted() -> None:
     engine = fake_engine(max_num_seqs=1, decoder=FakeDecoder(4, before=gate))
     async with _running(engine):
         first = asyncio.ensure_future(_complete(engine, fake_request([42], 3)))
-        await asyncio.to_thread(gate.reached.wait, 5)
+        await asyncio.to_thread(gate.reached.wait, 60)
         second = asyncio.ensure_future(_complete(engine, fake_request([1], 3)))
         await eventually(lambda: engine.stats().num_waiting == 1)
         second.cancel()
@@ -429,7 +431,7 @@ async def test_micro_batches_run_side_by_side() -> None:
         if context.micro_batch == 1:
             other_ran.set()
         elif batch.num_seqs > 1:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await other_ran.wait()
 
     decoder = FakeDecoder(4, before=before)
@@ -452,7 +454,7 @@ async def test_requests_from_two_event_loops_are_served_together() -> None:
 
 
 async def test_a_caller_whose_loop_died_loses_its_request() -> None:
-    slow = FakeDecoder(4, before=lambda *_: asyncio.sleep(0.005))
+    slow = FakeDecoder(4, before=lambda *_: asyncio.sleep(0.05))
     async with _running(fake_engine(decoder=slow)) as engine:
         deltas = engine.generate(fake_request([1], 250))
 
@@ -472,8 +474,8 @@ async def test_stopping_lets_running_requests_finish_and_refuses_new_ones() -> N
     engine = fake_engine(decoder=FakeDecoder(4, before=gate), experts=experts)
     engine.start()
     running = asyncio.ensure_future(_complete(engine, fake_request([42], 5)))
-    await asyncio.to_thread(gate.reached.wait, 5)
-    stopping = asyncio.ensure_future(engine.stop(timeout_s=5))
+    await asyncio.to_thread(gate.reached.wait, 60)
+    stopping = asyncio.ensure_future(engine.stop(timeout_s=60))
     await asyncio.sleep(0)
     with pytest.raises(ShardLostError):
         await anext(engine.generate(fake_request([1], 5)))
@@ -490,7 +492,7 @@ async def test_stopping_fails_what_does_not_finish_in_time() -> None:
     engine = fake_engine(decoder=FakeDecoder(4, before=gate), max_num_seqs=1)
     engine.start()
     requests = [asyncio.ensure_future(_complete(engine, fake_request([42], 5))) for _ in range(3)]
-    await asyncio.to_thread(gate.reached.wait, 5)
+    await asyncio.to_thread(gate.reached.wait, 60)
     await engine.stop(timeout_s=0.05)
     failures = await asyncio.gather(*requests, return_exceptions=True)
     assert [type(failure) for failure in failures] == [ShardLostError] * 3

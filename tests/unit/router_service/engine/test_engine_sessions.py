@@ -13,6 +13,7 @@ from router_service.engine.engine import Engine
 from router_service.session_tier.block_transfer import BlockTransfer
 from router_service.session_tier.restore_policy import RestorePolicy
 from router_service.session_tier.session_tier import SessionTier
+from tests.support.at_once import all_at_once
 from tests.support.eventually import eventually
 from tests.support.fake_decoder import (
     Completion,
@@ -32,7 +33,7 @@ PROMPT = [(7 * i) % 100 for i in range(50)]
 
 @asynccontextmanager
 async def _shard(
-    store: FlakyStore, *, queue_bytes: int = 1 << 20, max_wait_s: float = 5.0, **options: Any
+    store: FlakyStore, *, queue_bytes: int = 1 << 20, max_wait_s: float = 60.0, **options: Any
 ) -> AsyncIterator[tuple[Engine, SessionTier]]:
     tier = SessionTier(
         store,
@@ -78,7 +79,7 @@ async def test_only_what_is_not_in_the_local_cache_is_fetched() -> None:
     store = FlakyStore(LAYOUT)
     async with _shard(store) as (engine, tier):
         await _turn(engine, PROMPT)
-        await tier.flush(5)
+        await tier.flush(60)
     async with _shard(store) as (engine, tier):
         await _turn(engine, PROMPT[:22], session_id=None)
         second = await _turn(engine, PROMPT)
@@ -90,10 +91,10 @@ async def test_a_session_s_blocks_are_written_once_and_prolonged_by_later_turns(
     store = FlakyStore(LAYOUT)
     async with _shard(store) as (engine, tier):
         first = await _turn(engine, PROMPT)
-        await tier.flush(5)
+        await tier.flush(60)
         longer = [*PROMPT, *first.token_ids, 1, 2, 3]
         await _turn(engine, longer, session_ttl_s=500.0)
-        await tier.flush(5)
+        await tier.flush(60)
     written = [block for _, hashes, _, _ in store.puts for block in hashes]
     assert len(written) == len(set(written)) == (len(longer) + 9) // 4
     ((_, touched, _, ttl_s),) = [item for item in store.touches if item[1]]
@@ -116,7 +117,7 @@ async def test_without_a_session_nothing_is_asked_or_written() -> None:
     store = FlakyStore(LAYOUT)
     async with _shard(store) as (engine, tier):
         await _turn(engine, PROMPT, session_id=None)
-        await tier.flush(5)
+        await tier.flush(60)
     assert store.num_counts == 0
     assert store.puts == []
 
@@ -126,7 +127,7 @@ async def test_all_completions_of_a_request_are_saved_and_the_prompt_only_once()
     async with _shard(store) as (engine, tier):
         request = fake_request(PROMPT, 9, n=3, session_id="s", temperature=1.5, seed=1)
         completions = await collect(engine.generate(request))
-        await tier.flush(5)
+        await tier.flush(60)
     written = [block for _, hashes, _, _ in store.puts for block in hashes]
     distinct = {tuple(item.token_ids) for item in completions}
     shared = len(PROMPT) // 4
@@ -198,7 +199,7 @@ async def test_a_request_that_waits_for_its_restore_can_be_aborted() -> None:
 async def test_others_are_served_while_a_session_is_fetched() -> None:
     store = FlakyStore(LAYOUT)
     async with _shard(store) as (engine, _):
-        store.delay_s = 0.5
+        store.delay_s = 3600.0
         waiting = asyncio.ensure_future(_turn(engine, PROMPT))
         await eventually(lambda: engine.stats().num_waiting == 1)
         other = await _turn(engine, [1, 2], session_id=None)
@@ -214,10 +215,16 @@ async def test_restoring_under_eviction_changes_no_token() -> None:
     async with _shard(store) as (engine, _):
         for i, prompt in enumerate(prompts):
             await _turn(engine, prompt, session_id=f"s{i}")
-    async with _shard(store, num_blocks=14, max_imports_per_step=2) as (engine, _):
-        completions = await asyncio.gather(
-            *(_turn(engine, p, 30, session_id=f"s{i}") for i, p in enumerate(prompts))
-        )
+
+    async def until_all_are_restored(*_: object) -> None:
+        """The first one does not go on alone: two are admitted, and outgrow the 14 blocks."""
+        while engine._scheduler._held:  # noqa: ASYNC110 - there is no event of it
+            await asyncio.sleep(0)
+
+    decoder = FakeDecoder(4, before=until_all_are_restored)
+    async with _shard(store, num_blocks=14, max_imports_per_step=2, decoder=decoder) as (engine, _):
+        asking = [_turn(engine, p, 30, session_id=f"s{i}") for i, p in enumerate(prompts)]
+        completions = await all_at_once(engine, asking)
         assert engine.stats().num_preemptions > 0
         assert engine.stats().num_restored_tokens > 0
     assert [item.token_ids for item in completions] == [greedy_tokens(p, 30) for p in prompts]

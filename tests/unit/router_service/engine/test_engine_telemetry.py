@@ -238,3 +238,35 @@ async def test_what_became_of_session_blocks_is_counted() -> None:
     stored = registry.get_sample_value(telemetry.METRIC_SESSION_BLOCKS, {"outcome": "stored"})
     await engine.stop(1)
     assert stored == 8
+
+
+async def test_phases_and_sampled_steps_are_measured_and_lead_to_the_trace() -> None:
+    registry = CollectorRegistry()
+    async with _Traced(metrics=EngineMetrics(registry)) as traced:
+        await traced.complete([1, 2, 3], 5)
+        await traced.complete([4, 5], 1)
+    trace_id = f"{traced.root.get_span_context().trace_id:032x}"
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    counts = {
+        sample.labels["phase"]: sample.value
+        for sample in samples
+        if sample.name == f"{telemetry.METRIC_REQUEST_PHASE}_count"
+    }
+    assert counts == {"queue": 2, "prefill": 2, "decode": 2}
+    for metric in (telemetry.METRIC_REQUEST_PHASE, telemetry.METRIC_STEP):
+        exemplars = [each.exemplar for each in samples if each.name == f"{metric}_bucket"]
+        labels = [exemplar.labels for exemplar in exemplars if exemplar is not None]
+        assert labels
+        assert all(label == {"trace_id": trace_id} for label in labels)
+
+
+async def test_phases_of_requests_that_nobody_samples_are_measured_without_a_trace() -> None:
+    registry = CollectorRegistry()
+    engine = fake_engine(metrics=EngineMetrics(registry))
+    engine.start()
+    await collect(engine.generate(fake_request([1, 2], 2)))
+    await engine.stop(timeout_s=1)
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    phase = {"phase": "prefill"}
+    assert registry.get_sample_value(f"{telemetry.METRIC_REQUEST_PHASE}_count", phase) == 1
+    assert all(sample.exemplar is None for sample in samples)

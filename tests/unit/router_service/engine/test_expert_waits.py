@@ -143,7 +143,7 @@ async def test_who_waits_for_too_long_fails_alone_and_is_told_which_expert() -> 
         started = time.monotonic()
         with pytest.raises(ExpertUnavailableError, match=r"layer 0: .*experts 1 within") as raised:
             await complete(engine, fake_request([60, 1, 2], 4))
-        assert 0.25 < time.monotonic() - started < 3.0
+        assert 0.25 < time.monotonic() - started < 20.0
         assert raised.value.details == {"layer": 0, "expert": 1, "experts": [1]}
         prompt = low_prompt(4)
         assert (await complete(engine, fake_request(prompt, 4))).token_ids == greedy_tokens(

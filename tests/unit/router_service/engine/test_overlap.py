@@ -63,7 +63,7 @@ class _RemoteExperts(FakeExperts):
         self._sent[call] += 1
         if self._sent[call] == self.num_in_flight:
             complete.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await complete.wait()
         await asyncio.sleep(0)
         self.answered[call] += 1
@@ -87,7 +87,7 @@ class _StallingExperts(FakeExperts):
     ) -> torch.Tensor:
         await asyncio.sleep(0)
         if context.step > 0 and layer == 0:
-            assert await asyncio.to_thread(self.go_on.acquire, timeout=10)
+            assert await asyncio.to_thread(self.go_on.acquire, timeout=60)
         return hidden_states
 
 
@@ -119,7 +119,7 @@ async def test_a_step_s_tokens_reach_their_callers_while_the_next_waits_for_expe
     engine.start()
     tokens: list[int] = []
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async for deltas in engine.generate(fake_request([1, 2, 3], 6)):
                 tokens += [token for delta in deltas for token in delta.token_ids]
                 experts.go_on.release()

@@ -176,7 +176,12 @@ async def test_a_resumed_request_shares_its_prompt_and_finds_it_cached() -> None
 
 async def test_a_resumed_request_is_taken_even_where_new_ones_are_refused() -> None:
     gate = asyncio.Event()
-    decoder = FakeDecoder(4, before=lambda *_: asyncio.sleep(0.01) if not gate.is_set() else None)
+
+    async def until_the_gate_opens(*_: object) -> None:
+        while not gate.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.001)
+
+    decoder = FakeDecoder(4, before=until_the_gate_opens)
     engine = fake_engine(decoder=decoder, max_waiting_tokens=20, max_num_seqs=1)
     async with _running(engine):
         others = [asyncio.ensure_future(_complete(engine, prompt=[9] * 15, max_tokens=200))]
@@ -228,7 +233,7 @@ def _token_ids(deltas: Sequence[GenerationDelta]) -> list[int]:
 
 @pytest.mark.parametrize("how", ["hand_back", "stop"])
 async def test_a_shard_that_goes_gives_its_requests_back_with_all_their_tokens(how: str) -> None:
-    decoder = FakeDecoder(4, before=lambda *_: asyncio.sleep(0.001))
+    decoder = _slow_decoder(num_fast=20)
     emitted: list[int] = []
     async with _running(fake_engine(decoder=decoder)) as engine:
         lost = asyncio.ensure_future(_tokens_until_lost(engine, emitted))
@@ -280,9 +285,13 @@ async def _shard(
         yield engine, tier
 
 
-def _slow_decoder() -> FakeDecoder:
-    """So that a request is still running when its first blocks are in the store."""
-    return FakeDecoder(4, before=lambda *_: asyncio.sleep(0.005))
+def _slow_decoder(num_fast: int = 40) -> FakeDecoder:
+    """Slow after its first steps, so that a request of 200 tokens goes on for seconds when these
+    have reached its caller, and their blocks the store."""
+    decoder = FakeDecoder(
+        4, before=lambda *_: asyncio.sleep(0.005 if len(decoder.batches) <= num_fast else 0.1)
+    )
+    return decoder
 
 
 def _num_kept(store: FlakyStore) -> int:
@@ -295,7 +304,7 @@ async def _lose(store: FlakyStore, num_tokens: int, **options: Any) -> list[int]
     async with _shard(store, decoder=_slow_decoder()) as (engine, tier):
         lost = asyncio.ensure_future(_tokens_until_lost(engine, emitted, **options))
         await eventually(lambda: len(emitted) >= num_tokens and _num_kept(store) >= 8)
-        await tier.flush(5)
+        await tier.flush(60)
         await engine.hand_back()
         await lost
     return emitted
@@ -311,7 +320,7 @@ async def test_a_request_without_a_session_goes_on_from_its_checkpoint() -> None
         resumed = (ResumedChoice(token_ids=tuple(emitted)),)
         (rest,) = await _complete(engine, max_tokens=60, resumed=resumed)
         stats = engine.stats()
-        await tier.flush(5)
+        await tier.flush(60)
     assert emitted + rest.token_ids == greedy_tokens(PROMPT, 60)
     assert kv_cache.num_imports == num_stored
     assert stats.num_restored_tokens == 4 * num_stored
@@ -329,10 +338,10 @@ async def test_checkpoints_are_forgotten_when_their_request_ends() -> None:
         await eventually(lambda: len(store.inner.checkpoint_values) >= 8)
         await deltas.aclose()
         await eventually(lambda: engine.stats().num_running == 0)
-        await tier.flush(5)
+        await tier.flush(60)
         assert not store.inner.checkpoint_values
         await _complete(engine, max_tokens=12)
-        await tier.flush(5)
+        await tier.flush(60)
     assert not store.inner.checkpoint_values
 
 
@@ -344,7 +353,7 @@ async def test_a_shared_prefix_is_checkpointed_once_and_kept_for_the_last_who_ne
         await eventually(lambda: len(store.inner.checkpoint_values) >= 9)
         await first.aclose()
         await eventually(lambda: engine.stats().num_running == 1)
-        await tier.flush(5)
+        await tier.flush(60)
         assert len(store.inner.checkpoint_values) >= 7
         assert store.checkpoints[0][0] in store.inner.checkpoint_values
         written = [block for hashes in store.checkpoints for block in hashes]
@@ -361,10 +370,10 @@ async def test_without_checkpoints_nothing_of_other_requests_is_written_or_asked
         await _complete(engine, max_tokens=8)
         resumed = (ResumedChoice(token_ids=tuple(greedy_tokens(PROMPT, 3))),)
         await _complete(engine, max_tokens=8, resumed=resumed)
-        await tier.flush(5)
+        await tier.flush(60)
         assert (store.num_counts, store.checkpoints, store.puts) == (0, [], [])
         await _complete(engine, max_tokens=8, session_id="s")
-        await tier.flush(5)
+        await tier.flush(60)
     assert bool(store.puts) == (checkpoint_kv == "sessions")
 
 
@@ -381,7 +390,7 @@ async def test_a_faulty_store_changes_no_token_of_a_resumed_request(fault: str) 
         store.inner.checkpoint_values.clear()
     async with _shard(store) as (engine, _):
         resumed = (ResumedChoice(token_ids=tuple(emitted)),)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             (rest,) = await _complete(engine, max_tokens=60, resumed=resumed)
         store.delay_s = 0.0
     assert emitted + rest.token_ids == greedy_tokens(PROMPT, 60)
@@ -402,7 +411,7 @@ async def test_a_session_outlives_the_checkpoint_of_a_request_with_the_same_prom
         await _complete(engine, max_tokens=4, **session)
         await other.aclose()
         await eventually(lambda: engine.stats().num_running == 0)
-        await tier.flush(5)
+        await tier.flush(60)
         info = await tier.get_session("default", "s")
     assert not store.inner.checkpoint_values
     assert info is not None
@@ -418,7 +427,7 @@ async def test_a_session_keeps_what_it_restored_from_a_checkpoint() -> None:
     checkpoints = list(store.inner.checkpoint_values)
     async with _shard(store) as (engine, tier):
         (turn,) = await _complete(engine, max_tokens=4, session_id="s")
-        await tier.flush(5)
+        await tier.flush(60)
     assert turn.num_restored_tokens == 28
     await store.inner.forget_checkpoint(checkpoints)
     async with _shard(store) as (engine, _):
@@ -432,12 +441,12 @@ async def test_a_session_goes_on_on_another_shard_in_the_middle_of_an_answer() -
     async with _shard(store) as (engine, tier):
         resumed = (ResumedChoice(token_ids=tuple(emitted)),)
         (rest,) = await _complete(engine, max_tokens=60, resumed=resumed, session_id="s")
-        await tier.flush(5)
+        await tier.flush(60)
         answer = emitted + rest.token_ids
         (turn,) = await _complete(
             engine, prompt=[*PROMPT, *answer, 1, 2], max_tokens=5, session_id="s"
         )
-        await tier.flush(5)
+        await tier.flush(60)
         info = await tier.get_session("default", "s")
     assert answer == greedy_tokens(PROMPT, 60)
     assert turn.token_ids == greedy_tokens([*PROMPT, *answer, 1, 2], 5)

@@ -50,7 +50,7 @@ async def _restore(tier: SessionTier, *, num_local: int = 0, max_blocks: int = 8
     future: asyncio.Future[RestoreResult] = loop.create_future()
     request = RestoreRequest(hashes=HASHES, num_local=num_local, max_blocks=max_blocks)
     tier.restore(request, lambda result: loop.call_soon_threadsafe(future.set_result, result))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await future
 
 
@@ -111,15 +111,15 @@ async def test_a_store_that_is_down_costs_nothing_but_the_question() -> None:
 
 async def test_a_slow_store_costs_no_more_than_the_deadline() -> None:
     store = FlakyStore(LAYOUT)
-    async with _tier(store, max_wait_s=0.15) as tier:
-        store.delay_s = 0.1
+    async with _tier(store, max_wait_s=1.5) as tier:
+        store.delay_s = 0.01
         assert len((await _restore(tier)).payloads) == 8
-        store.delay_s = 0.3
+        store.fetch_delay_s = 3600.0
         start = time.monotonic()
         result = await _restore(tier)
         assert result.payloads == ()
         assert result.num_stored == 8
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 20.0
 
 
 async def test_where_computing_was_measured_to_be_faster_nothing_is_fetched() -> None:
@@ -170,12 +170,14 @@ async def test_a_tier_that_was_stopped_answers_that_nothing_is_there() -> None:
     assert (result.num_stored, result.payloads) == (0, ())
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.02])
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
 async def test_many_restores_go_on_at_the_same_time(delay_s: float) -> None:
     store = FlakyStore(LAYOUT)
     async with _tier(store) as tier:
         store.delay_s = delay_s
         start = time.monotonic()
         results = await asyncio.gather(*(_restore(tier) for _ in range(20)))
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 6.0, (
+            "20 times two questions, one after the other, take 12 s"
+        )
     assert all(len(result.payloads) == 8 for result in results)
