@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,7 @@ IDLE_LINGER_S = 1.0
 whose client is about to send, is answered instead of reset."""
 _POLL_S = 0.02
 _READINESS_PATH = "/readyz"
+_DRAINING_KEY = "expertfleet.draining"
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -37,6 +38,7 @@ class AsgiServer:
         self._socket = listener
         self._drain_timeout_s = drain_timeout_s
         self._is_draining = False
+        self._draining = asyncio.Event()
         self._server = _DrainingServer(
             uvicorn.Config(
                 self._respond,
@@ -69,6 +71,7 @@ class AsgiServer:
         """
         if not self._is_draining:
             self._is_draining = True
+            self._draining.set()
             self._server.drain_within(
                 self._drain_timeout_s if drain_timeout_s is None else drain_timeout_s
             )
@@ -83,12 +86,20 @@ class AsgiServer:
         await self._server.serve(sockets=[self._socket])
 
     async def _respond(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        scope[_DRAINING_KEY] = self._draining
         if scope["type"] != "http" or not self._is_draining:
             await self._app(scope, receive, send)
         elif scope["path"] == _READINESS_PATH:
             await _refuse(_closing(send))
         else:
             await self._app(scope, receive, _closing(send))
+
+
+def draining_of(scope: Mapping[str, Any]) -> asyncio.Event:
+    """Set when the server of this request begins to drain; never, where that is unknown. Answers
+    without an end of their own must then end."""
+    event = scope.get(_DRAINING_KEY)
+    return event if isinstance(event, asyncio.Event) else asyncio.Event()
 
 
 class _DrainingServer(uvicorn.Server):

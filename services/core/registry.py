@@ -53,7 +53,8 @@ class WorkerRecord:
 class ShardRecord:
     """One attention shard's lease: its engine's load, and the tokens its gate sent per slot.
 
-    `endpoint` is host:port of its gRPC server, which gateways send requests to.
+    `endpoint` is host:port of its gRPC server, which gateways send requests to. `max_num_seqs` is
+    how many sequences it runs at most; 0 if unknown.
     """
 
     shard_id: str
@@ -70,6 +71,7 @@ class ShardRecord:
     metrics_endpoint: str | None = None
     endpoint: str | None = None
     expert_load: Mapping[Slot, int] = field(default_factory=dict)
+    max_num_seqs: int = 0
     written_at: float = 0.0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.core.errors import ConfigurationError
@@ -20,6 +20,8 @@ WireDTypeName = Literal["auto", "bfloat16", "int8"]
 DispatchTransportName = Literal["auto", "grpc", "lane"]
 
 CheckpointKV = Literal["off", "sessions", "all"]
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+"""Means the same file to a child process with another working directory."""
 
 
 class Settings(BaseSettings):
@@ -58,6 +60,15 @@ class Settings(BaseSettings):
         None, description="unix socket where the launcher hands out the gateway's listening socket"
     )
     api_keys: str = Field("", description="comma-separated bearer keys; empty: no authentication")
+    admin_key: str | None = Field(
+        None, description="bearer key of the administration under /admin; unset: it is off"
+    )
+    trace_url_template: str | None = Field(
+        None,
+        pattern=r"^https?://\S*\{trace_id\}\S*$",
+        description="where the console links traces to, such as https://jaeger/trace/{trace_id}; "
+        "unset: the gateway's own view of local traces",
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     max_waiting_requests: int = Field(
         4096, ge=1, description="past so many requests without a first token a gateway answers 429"
@@ -127,6 +138,13 @@ class Settings(BaseSettings):
         15.0, gt=0, description="a worker that gives no sign of life for so long is started anew"
     )
 
+    # Certificates: all three, and our gRPC connections are mTLS; none, and they are plain
+    tls_cert_file: AbsolutePath | None = Field(None, description="PEM: certificate of a process")
+    tls_key_file: AbsolutePath | None = Field(None, description="PEM: its key")
+    tls_ca_file: AbsolutePath | None = Field(
+        None, description="PEM: authority that certificates of the fleet are of"
+    )
+
     # Sessions
     session_ttl_s: float = Field(7 * 86400.0, gt=0)
     checkpoint_kv: CheckpointKV = Field(
@@ -174,7 +192,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 def _build(values: dict[str, Any]) -> Settings:
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
@@ -182,3 +200,16 @@ def _build(values: dict[str, Any]) -> Settings:
         raise ConfigurationError(
             f"{variable}={first['input']!r} cannot be used: {first['msg']}", setting=name
         ) from error
+    _check_tls(settings)
+    return settings
+
+
+def _check_tls(settings: Settings) -> None:
+    names = ("tls_cert_file", "tls_key_file", "tls_ca_file")
+    missing = [name for name in names if getattr(settings, name) is None]
+    if missing and len(missing) < len(names):
+        variable = f"EXPERTFLEET_{missing[0].upper()}"
+        raise ConfigurationError(
+            f"{variable} is missing: certificate, key and authority are given together",
+            setting=missing[0],
+        )

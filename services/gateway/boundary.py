@@ -14,7 +14,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core import telemetry
-from services.core.tracing import extract_context
+from services.core.tracing import extract_context, trace_exemplar
+from services.gateway.console.activity import Activity, Served
 from services.gateway.errors import (
     ClientDisconnectedError,
     error_response,
@@ -34,7 +35,8 @@ class RequestInfo:
     """What is known of the request in hand. `started_at` is a reading of `time.perf_counter`.
 
     `status` is what is counted: an error in mid-stream counts as that error, not as the 200 that
-    was sent before. `place` is where it waits until its first token.
+    was sent before. `place` is where it waits until its first token. `served` is what came of its
+    generation, once that is over.
     """
 
     request_id: str
@@ -42,9 +44,10 @@ class RequestInfo:
     started_at: float = field(default_factory=time.perf_counter)
     status: int = 0
     place: Place | None = None
+    served: Served | None = None
 
     def stop_waiting(self) -> None:
-        """Its first token has come, or it is over."""
+        """Its first token has come."""
         if self.place is not None:
             self.place.leave()
 
@@ -72,10 +75,13 @@ class RequestBoundary:
     if the answer had begun, ends the connection.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, tracer: trace.Tracer) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: GatewayMetrics, tracer: trace.Tracer, activity: Activity
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracer = tracer
+        self._activity = activity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,10 +97,20 @@ class RequestBoundary:
             with trace.use_span(span, end_on_exit=False, record_exception=False):
                 await self._run(scope, receive, send, info)
         finally:
-            info.stop_waiting()
+            if info.place is not None:
+                info.place.end()
             route = str(getattr(scope.get("route"), "path", "unknown"))
             status = info.status or STATUS_CLIENT_GONE
-            self._metrics.observe_request(route, status, time.perf_counter() - info.started_at)
+            duration_s = time.perf_counter() - info.started_at
+            self._metrics.observe_request(route, status, duration_s, span)
+            if info.served is not None:
+                self._activity.request_ended(
+                    info.served,
+                    request_id=request_id,
+                    trace_id=(trace_exemplar(span) or {}).get("trace_id"),
+                    status=status,
+                    took_s=duration_s,
+                )
             span.set_attribute("http.route", route)
             span.set_attribute("http.response.status_code", status)
             span.end()

@@ -41,6 +41,14 @@ class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 
+class AdministrationOffError(ExpertfleetError):
+    """The gateway has no admin key, so nobody may administer through it."""
+
+    http_status = 403
+    error_type = "invalid_request_error"
+    code = "administration_off"
+
+
 class RequestTimeoutError(ExpertfleetError):
     """The request took longer than `request_timeout_s`."""
 

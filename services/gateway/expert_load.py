@@ -28,7 +28,11 @@ def expert_tokens(snapshot: FleetSnapshot) -> dict[Slot, int]:
 
     Where no shard reports, what the workers computed since they started stands in for it.
     """
-    return dict(sum((Counter(dict(counts)) for counts in _counts(snapshot).values()), Counter()))
+    total: dict[Slot, int] = {}
+    for counts in _counts(snapshot).values():
+        for slot, count in counts.items():
+            total[slot] = total.get(slot, 0) + count
+    return total
 
 
 def layer_loads(

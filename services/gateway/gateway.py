@@ -8,6 +8,7 @@ from services.core.generation import ShardClient
 from services.core.registry import Registry
 from services.core.settings import Settings
 from services.gateway.auth import Authenticator
+from services.gateway.console.feed import ConsoleFeed
 from services.gateway.expert_load import LoadHistory
 from services.gateway.intake import Intake
 from services.gateway.metrics import GatewayMetrics
@@ -31,3 +32,4 @@ class Gateway:
     authenticate: Authenticator
     load_history: LoadHistory
     intake: Intake
+    feed: ConsoleFeed

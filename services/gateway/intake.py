@@ -21,6 +21,8 @@ class Intake:
         self._max_bytes = max_bytes
         self.num_requests = 0
         self.num_bytes = 0
+        self.num_running = 0
+        """Requests past their first token; they are not bounded here."""
         self.parsing = asyncio.Lock()
         """Held while a large body is parsed in a thread: one at a time, so that the event loop
         shares the interpreter with one other thread at most."""
@@ -51,7 +53,7 @@ class Place:
     def __init__(self, intake: Intake) -> None:
         self.intake = intake
         self._num_bytes = 0
-        self._has_left = False
+        self._has_left = self._is_over = False
 
     def hold(self, num_bytes: int) -> None:
         """Of its body so many bytes more have come. Raises `OverloadedError`."""
@@ -65,3 +67,11 @@ class Place:
             self._has_left = True
             self.intake.num_requests -= 1
             self.intake.num_bytes -= self._num_bytes
+            self.intake.num_running += 1
+
+    def end(self) -> None:
+        """The request is over; calling this again does nothing."""
+        self.leave()
+        if not self._is_over:
+            self._is_over = True
+            self.intake.num_running -= 1

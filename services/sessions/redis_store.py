@@ -5,7 +5,9 @@ Keys, with the first eight hex digits of the model's fingerprint:
 - `expertfleet:{fleet}:kv:{fingerprint}:{hash}` a session's block (see block_codec), with a time to
   live; `expertfleet:{fleet}:ckpt:{fingerprint}:{hash}` the same of a checkpoint;
 - `expertfleet:{fleet}:session:{fingerprint}:{digest of tenant and session id}` a hash of what
-  `SessionInfo` tells, and the same key with `:blocks` the set of the session's block hashes.
+  `SessionInfo` tells, and the same key with `:blocks` the set of the session's block hashes;
+- `expertfleet:{fleet}:sessions` the index of all sessions, for those who count them (see
+  services.core.session_count).
 
 A block two sessions share lives as long as the longer-lived one. The server may evict anything at
 any time. With its header a payload of exactly 2^k bytes falls into the next size class of a server
@@ -26,6 +28,7 @@ from redis.exceptions import ResponseError
 
 from services.core.errors import UnavailableError
 from services.core.generation import SessionInfo
+from services.core.session_count import session_index_key
 from services.sessions.block_codec import (
     HEADER_BYTES,
     BlockRefusedError,
@@ -73,6 +76,7 @@ class RedisSessionStore:
         self._block_prefix = f"expertfleet:{fleet}:kv:{fingerprint}:"
         self._checkpoint_prefix = f"expertfleet:{fleet}:ckpt:{fingerprint}:"
         self._session_prefix = f"expertfleet:{fleet}:session:{fingerprint}:"
+        self._session_index = session_index_key(fleet)
         self._blocks_per_batch = max(1, _BATCH_BYTES // (HEADER_BYTES + layout.payload_bytes))
         self._refusals: Counter[RefusalReason] = Counter()
         self._redis = GuardedRedis(redis_url, round_trip_timeout_s=round_trip_timeout_s)
@@ -189,7 +193,10 @@ class RedisSessionStore:
         (hashes,) = await self._redis.run([("SMEMBERS", key + ":blocks")])
         for batch in _batches(list(hashes), _BATCH_COMMANDS):
             await self._redis.run([("UNLINK", *(self._block_key(item) for item in batch))])
-        (deleted,) = await self._redis.run([("UNLINK", key, key + ":blocks")])
+        deleted, _ = await self._redis.run(
+            [("UNLINK", key, key + ":blocks"), ("ZREM", self._session_index, key)],
+            is_foreign_ok=True,
+        )
         return bool(deleted)
 
     def refusals(self) -> dict[RefusalReason, int]:
@@ -217,7 +224,17 @@ class RedisSessionStore:
             ("SADD", key + ":blocks", *batch) for batch in _batches(hashes, _BATCH_COMMANDS)
         ]
         commands.append(("PEXPIRE", key + ":blocks", ttl_ms))
-        replies = await self._redis.run(commands, is_foreign_ok=True)
+        indexing: list[Command] = [
+            ("ZREMRANGEBYSCORE", self._session_index, "-inf", repr(now)),
+            ("ZADD", self._session_index, repr(now + ttl_s), key),
+            ("PEXPIRE", self._session_index, ttl_ms, "NX"),
+            ("PEXPIRE", self._session_index, ttl_ms, "GT"),
+        ]
+        replies = await self._redis.run(commands + indexing, is_foreign_ok=True)
+        indexed, replies = replies[len(commands) :], replies[: len(commands)]
+        if any(isinstance(reply, ResponseError) for reply in indexed):
+            _logger.warning("%s is no index of sessions: made anew", self._session_index)
+            await self._redis.run([("UNLINK", self._session_index), *indexing])
         if any(isinstance(reply, ResponseError) for reply in replies):
             _logger.warning("the index of a session, %s, holds another type: made anew", key)
             await self._redis.run([("UNLINK", key, key + ":blocks")])

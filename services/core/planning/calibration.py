@@ -42,17 +42,13 @@ class Calibration:
 
     def machine_for(self, num_workers: int) -> Machine:
         """This machine with so many workers, each with its fair share of the cores, beside a shard
-        that leaves one core to them; 0: experts in the shard's process, which has all cores."""
-        if num_workers == 0:
-            worker_threads = shard_threads = self.num_cores
-        else:
-            worker_threads = max(1, self.num_cores // num_workers)
-            shard_threads = max(1, self.num_cores - 1)
+        that has all of them while they wait for it; 0: experts in the shard's process."""
+        worker_threads = max(1, self.num_cores // max(1, num_workers))
         return Machine(
             experts=_at(self.experts, worker_threads),
             experts_together=_at(self.experts, self.num_cores),
-            attention=_at(self.attention, shard_threads),
-            head=_at(self.head, shard_threads),
+            attention=_at(self.attention, self.num_cores),
+            head=_at(self.head, self.num_cores),
             kv_bandwidth=self.kv_bandwidth,
             attention_flops=self.attention_flops,
             token_s=0.0,
@@ -100,9 +96,9 @@ def loopback(delay_s: float = 0.0) -> Network:
 
 
 def thread_counts(num_cores: int) -> list[int]:
-    """Numbers of threads that kernels are measured with: powers of two and those of a shard."""
+    """Numbers of threads that kernels are measured with: powers of two and all cores."""
     powers = {1 << bit for bit in range(num_cores.bit_length()) if 1 << bit <= num_cores}
-    return sorted(powers | {num_cores, max(1, num_cores - 1)})
+    return sorted(powers | {num_cores})
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as open_metrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
@@ -102,7 +107,7 @@ async def test_the_served_model_is_listed(model_folder: Path) -> None:
     async with client_of(FakeShard(repeats([9])), model_folder) as client:
         (listed,) = (await client.get("/v1/models")).json()["data"]
         assert (await client.get("/v1/models/tiny")).json() == listed
-        index = (await client.get("/")).json()
+        index = (await client.get("/", headers={"accept": "application/json"})).json()
     assert (listed["id"], listed["object"], listed["max_model_len"]) == ("tiny", "model", 256)
     assert "/v1/chat/completions" in index["endpoints"]
 
@@ -197,6 +202,87 @@ async def test_tokens_per_expert_are_counted_and_outlive_the_registry(model_fold
         assert (await metrics_of(client))[key] == 40
         response = await client.get("/v1/experts")
         assert (response.status_code, error_of(response)["message"]) == (503, "store away")
+
+
+async def test_the_fleet_is_told_as_leases_tell_it(model_folder: Path) -> None:
+    workers = (worker("a", {0, 1}), worker("bb", {1, 2}), worker("ccc", {3}, state="draining"))
+    snapshot = FleetSnapshot(workers=workers, shards=(shard_record({}),))
+    registry = FixedRegistry(snapshot)
+
+    def replicas(counted: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> list[float]:
+        return [
+            counted["expertfleet_fleet_expert_replicas", frozenset(labels.items())]
+            for expert in range(4)
+            for labels in [{"layer": "1", "expert": str(expert)}]
+        ]
+
+    none: frozenset[tuple[str, str]] = frozenset()
+    ready = frozenset({("state", "ready")})
+    async with client_of(FakeShard(repeats([9])), model_folder, registry=registry) as client:
+        counted = await metrics_of(client)
+        assert replicas(counted) == [1, 2, 1, 0]
+        assert counted["expertfleet_fleet_workers", ready] == 2
+        assert counted["expertfleet_fleet_workers", frozenset({("state", "draining")})] == 1
+        assert counted["expertfleet_fleet_shards", none] == 1
+        assert counted["expertfleet_store_up", none] == 1
+        registry.current = UnavailableError("store away")
+        counted = await metrics_of(client)
+        assert counted["expertfleet_store_up", none] == 0
+        assert replicas(counted) == [1, 2, 1, 0], "what was last seen stands"
+        registry.current = FleetSnapshot()
+        counted = await metrics_of(client)
+        assert replicas(counted) == [0] * 4, "workers are all gone, not inside the shards"
+        assert counted["expertfleet_store_up", none] == 1
+        assert counted["expertfleet_fleet_shards", none] == 0
+
+
+async def test_without_workers_or_without_a_store_nothing_is_told_to_be_missing(
+    model_folder: Path,
+) -> None:
+    registry = FixedRegistry(FleetSnapshot(shards=(shard_record({}),)))
+    async with (
+        client_of(FakeShard(repeats([9])), model_folder, registry=registry) as inside,
+        client_of(FakeShard(repeats([9])), model_folder) as alone,
+    ):
+        names = {name for name, _ in await metrics_of(inside)}
+        assert "expertfleet_fleet_expert_replicas" not in names
+        assert "expertfleet_fleet_shards" in names
+        names = {name for name, _ in await metrics_of(alone)}
+        assert not any(
+            name.startswith(("expertfleet_fleet_", "expertfleet_store")) for name in names
+        )
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.0])
+async def test_latencies_lead_to_the_traces_of_sampled_requests(
+    model_folder: Path, byte_level: Tokenizer, ratio: float
+) -> None:
+    token_ids = encode(byte_level, "quick brown")
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    tracer = TracerProvider(sampler=ParentBased(TraceIdRatioBased(ratio))).get_tracer("test")
+    # A caller who samples decides for its own request; without one the ratio does.
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"} if ratio else {}
+    shard = FakeShard(lambda _: says(token_ids))
+    async with client_of(shard, model_folder, tracer=tracer) as client:
+        body = {"prompt": [5, 6, 7]}
+        response = await client.post("/v1/completions", json=body, headers=headers)
+        assert response.is_success
+        # As Prometheus asks when it stores exemplars, and when it does not.
+        accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
+        open_metrics = await client.get("/metrics", headers={"accept": accept})
+        plain = await client.get("/metrics", headers={"accept": "text/plain;version=0.0.4"})
+    assert open_metrics.headers["content-type"].startswith("application/openmetrics-text")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert trace_id not in plain.text
+    exemplars = {
+        (family.name, sample.exemplar.labels["trace_id"])
+        for family in open_metrics_families(open_metrics.text)  # type: ignore[no-untyped-call]
+        for sample in family.samples
+        if sample.exemplar
+    }
+    latencies = ("time_to_first_token", "time_per_output_token", "request_duration")
+    expected = {(f"expertfleet_{name}_seconds", trace_id) for name in latencies}
+    assert exemplars == (expected if ratio else set())
 
 
 async def test_two_gateways_in_a_process_do_not_share_counters(model_folder: Path) -> None:

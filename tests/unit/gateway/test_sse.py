@@ -14,7 +14,7 @@ from services.gateway.boundary import RequestInfo
 from services.gateway.errors import ClientDisconnectedError
 from services.gateway.sse import EventStreamResponse, EventTemplate
 
-DEADLINE_S = 5.0
+DEADLINE_S = 60.0
 
 
 class Connection:
