@@ -5,7 +5,7 @@ ARGS ?=
 PROTOS := protos/experts.proto protos/shards.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check chart-check format protos protos-check demo-model clean \
+.PHONY: help setup serve test check chart-check compose-check images images-check format protos protos-check demo-model clean \
 	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
 	bench-autoscale bench-gpu bench-hot-expert bench-long-context bench-perplexity bench-plan \
 	bench-wide faults soak
@@ -20,8 +20,8 @@ serve: ## set up what is missing and serve MODEL (default: the demo model); ARGS
 	@scripts/setup.sh run
 	@exec .venv/bin/expertfleet up --model $(MODEL) --state-dir .expertfleet $(ARGS)
 
-test: setup ## set up what is missing and run all tests
-	$(PY) -m pytest $(ARGS)
+test: setup ## set up what is missing and run all tests (ARGS="tests/unit -x": these, so)
+	@scripts/test.sh $(ARGS)
 
 check: setup ## lint, format, types, import directions, generated code
 	.venv/bin/ruff check .
@@ -33,6 +33,15 @@ check: setup ## lint, format, types, import directions, generated code
 
 chart-check: setup ## lint, render and validate the Helm chart with each of its values files
 	$(PY) -m pytest tests/unit/deploy/test_chart_manifests.py tests/unit/deploy/test_chart_values.py
+
+compose-check: setup ## check compose files and Dockerfile, without a container engine
+	$(PY) -m pytest tests/containers
+
+images: ## build the container images with docker or podman (DEVICE=cpu|cuda, REGISTRY=, TAG=)
+	@PYTHON="$${PYTHON:-$$(test -x $(PY) && echo $(PY) || echo python3)}" scripts/images.sh
+
+images-check: setup ## build both images, run them as compose does, kill a worker, leave nothing behind
+	EXPERTFLEET_IMAGES_CHECK=build PYTHON=$(PY) $(PY) -m pytest tests/containers/test_running_images.py -s $(ARGS)
 
 format: setup ## fix lint and format in place
 	.venv/bin/ruff check --fix .

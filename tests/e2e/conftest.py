@@ -41,6 +41,7 @@ def product(
     ).start()
     try:
         yield started
+        started.check_ctrl_c()
     finally:
         started.stop()
 

@@ -193,7 +193,7 @@ def test_a_client_that_leaves_frees_its_blocks(client: openai.OpenAI, demo: str)
     )
     next(iter(stream))
     stream.close()
-    wait_until(lambda: _num_running(client) == 0, timeout_s=10)
+    wait_until(lambda: _num_running(client) == 0)
 
 
 def _num_running(client: openai.OpenAI) -> int:

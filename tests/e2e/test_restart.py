@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.core.kernels.library import native_library
-from tests.support.product import DEMO_MODEL, Product
+from tests.support.product import DEMO_MODEL, Product, is_alive
 from tests.support.waiting import wait_until
 
 NUM_CLIENTS = 4
@@ -51,7 +51,7 @@ def test_replicas_multiply_the_workers(restarted: Product) -> None:
     assert len(set(held)) == 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_another_models_weights_take_over_under_load_and_never_mix(
     restarted: Product, tmp_path: Path
 ) -> None:
@@ -87,13 +87,23 @@ def test_a_model_of_another_shape_is_refused_and_nothing_changes(
 def test_a_worker_that_hangs_is_replaced(restarted: Product) -> None:
     victim = psutil.Process(min(_pids(restarted, "workers")))
     victim.send_signal(signal.SIGSTOP)
-    wait_until(lambda: not victim.is_running(), timeout_s=40, what="the hung worker ended")
-    wait_until(lambda: len(_pids(restarted, "workers")) == 2, timeout_s=40, what="its successor")
+    wait_until(lambda: not victim.is_running(), what="the hung worker ended")
+    wait_until(lambda: len(_pids(restarted, "workers")) == 2, what="its successor")
 
 
 def test_the_status_lists_every_process(restarted: Product) -> None:
     shown = _command(restarted, "status")
     assert all(name in shown for name in ("store", "expert-", "gateway and shards", "running"))
+
+
+def test_nothing_outlives_a_launcher_that_was_killed_outright(restarted: Product) -> None:
+    """Workers and Ray; the last test of this file."""
+    family = restarted.family()
+    assert len(family) > 4
+    assert restarted.process is not None
+    restarted.process.kill()
+    restarted.process.wait()
+    wait_until(lambda: not any(map(is_alive, family)), what=str(family))
 
 
 @contextlib.contextmanager

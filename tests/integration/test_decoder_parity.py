@@ -6,6 +6,7 @@ float32 rounding, once in tens of thousands of tokens) a completion may go on ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
-def shape(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return dict(request.param)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products as small as these are slower on several."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
-@pytest.fixture
-def folder(shape: dict[str, Any], tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path, **shape)
+@pytest.fixture(scope="module", params=list(SHAPES), ids=list(SHAPES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), **SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Any:
+    return load_oracle(folder)
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -76,18 +86,27 @@ def oracle_logits(oracle: Any, token_ids: list[int]) -> Tensor:
     return logits
 
 
-def assert_greedy(oracle: Any, prompts: list[list[int]], completions: list[list[int]]) -> None:
-    """The completions are what the oracle's own `generate` gives, up to a tie."""
-    for prompt, completion in zip(prompts, completions, strict=True):
-        output = oracle.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=len(completion),
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        expected = output[0, len(prompt) :].tolist()
+def oracle_greedy(oracle: Any, prompt: list[int], count: int) -> list[int]:
+    """What the oracle's own `generate` gives."""
+    output = oracle.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def assert_greedy(
+    oracle: Any,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    all_expected: list[list[int]],
+) -> None:
+    """The completions are the expected ones, up to a tie."""
+    for prompt, completion, expected in zip(prompts, completions, all_expected, strict=True):
         if completion == expected:
             continue
         same = next(i for i, token in enumerate(expected) if completion[i] != token)
@@ -96,24 +115,24 @@ def assert_greedy(oracle: Any, prompts: list[list[int]], completions: list[list[
         assert is_tie, f"token {same} differs: {completion} is not {expected}"
 
 
-async def test_logits_equal_those_of_transformers(folder: Path) -> None:
+async def test_logits_equal_those_of_transformers(folder: Path, oracle: Any) -> None:
     (prompt,) = random_prompts(45)
     logits = await hand_engine(folder).score(prompt)
-    expected = oracle_logits(load_oracle(folder), prompt)
+    expected = oracle_logits(oracle, prompt)
     torch.testing.assert_close(logits, expected, atol=FLOAT32_TOLERANCE, rtol=FLOAT32_TOLERANCE)
 
 
-async def test_greedy_tokens_equal_those_of_transformers(folder: Path) -> None:
+async def test_greedy_tokens_equal_those_of_transformers(folder: Path, oracle: Any) -> None:
     """Long and short prompts in one batch, whole and in chunks beside running decodes."""
     prompts = random_prompts(40, 3, 17, 1, 26)
-    oracle = load_oracle(folder)
+    expected = [oracle_greedy(oracle, prompt, 24) for prompt in prompts]
     for chunk in (None, 7):
         completions = await hand_engine(folder).greedy(prompts, 24, chunk=chunk)
-        assert_greedy(oracle, prompts, completions)
+        assert_greedy(oracle, prompts, completions, expected)
 
 
 async def test_greedy_tokens_after_a_cached_prefix_equal_those_of_transformers(
-    folder: Path,
+    folder: Path, oracle: Any
 ) -> None:
     (prompt,) = random_prompts(30)
     engine = hand_engine(folder)
@@ -121,7 +140,8 @@ async def test_greedy_tokens_after_a_cached_prefix_equal_those_of_transformers(
     await engine.step([Part(first, 30)])
     second = HandSequence(token_ids=list(prompt), num_computed=24, block_ids=first.block_ids[:6])
     completion = await continue_greedily(engine, second, 12)
-    assert_greedy(load_oracle(folder), [prompt], [completion])
+    expected = oracle_greedy(oracle, prompt, 12)
+    assert_greedy(oracle, [prompt], [completion], [expected])
 
 
 async def continue_greedily(engine: HandEngine, sequence: HandSequence, count: int) -> list[int]:

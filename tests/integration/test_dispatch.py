@@ -34,8 +34,9 @@ from tests.support.worker_process import WorkerProcess, running_worker
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 
-NOTICEABLE_S = 2.0
-"""Far above the 0.5 s that `make faults` looks for on a quiet machine, and below the hang."""
+NOTICEABLE_S = 10.0
+"""Far above the 0.5 s that `make faults` looks for on a quiet machine, and far below the 30 s
+after which a call is given up: only waiting for a lost answer takes as long."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ class Load:
             asyncio.create_task(self._run(remote, local, stream)) for stream in range(num_streams)
         ]
 
-    async def calls(self, count: int, timeout_s: float = 30.0) -> None:
+    async def calls(self, count: int, timeout_s: float = 90.0) -> None:
         """Return when so many more calls were answered."""
         goal = self.num_calls + count
         await eventually(
@@ -152,7 +153,7 @@ class Load:
             self.num_calls += 1
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 8])
+@pytest.mark.parametrize("num_workers", [1, 4])
 async def test_real_workers_give_the_bits_of_the_experts_in_process(
     num_workers: int, fleet: Fleet, model: Path, local: LocalExperts
 ) -> None:
@@ -180,25 +181,24 @@ async def test_workers_of_a_static_list_are_found_without_a_store(
             await check_call(remote, local)
 
 
-@pytest.mark.parametrize("comes_back", ["as it was", "at another port", "under another name"])
 async def test_no_call_is_lost_or_wrong_when_an_only_worker_is_killed_and_restarted(
-    comes_back: str, fleet: Fleet, model: Path, local: LocalExperts
+    fleet: Fleet, model: Path, local: LocalExperts
 ) -> None:
+    """Restarted as it was, at another port, and at last under another name."""
     _, killed = fleet.start_all(steady="0,1", killed="2,3")
     port = killed.endpoint.rpartition(":")[2]
-    arguments = ("--port", port) if comes_back == "as it was" else ()
-    name = "new" if comes_back == "under another name" else "killed"
     async with connected(model, fleet.registry) as remote:
         load = Load(remote, local)
-        await load.calls(20)
-        killed.process.kill()
-        killed.process.wait()
-        restarted = await asyncio.to_thread(fleet.start, name, "2,3", *arguments)
-        ready_at = time.monotonic()
-        await load.calls(20)
-        resumed_s = time.monotonic() - ready_at
-        print(f"20 calls answered {resumed_s:.3f} s after the worker was ready")
-        assert resumed_s < 3.0, restarted.log
+        for name, arguments in (("killed", ("--port", port)), ("killed", ()), ("new", ())):
+            await load.calls(20)
+            killed.process.kill()
+            killed.process.wait()
+            killed = await asyncio.to_thread(fleet.start, name, "2,3", *arguments)
+            ready_at = time.monotonic()
+            await load.calls(20)
+            resumed_s = time.monotonic() - ready_at
+            print(f"{name} {arguments}: 20 calls {resumed_s:.3f} s after the worker was ready")
+            assert resumed_s < NOTICEABLE_S, killed.log
         await load.stop()
 
 

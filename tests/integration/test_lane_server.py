@@ -64,7 +64,7 @@ def generator() -> torch.Generator:
 def describe(worker: WorkerProcess) -> experts_pb2.DescribeResponse:
     with grpc.insecure_channel(worker.endpoint) as channel:
         request = experts_pb2.DescribeRequest()
-        described = cast(Any, ExpertServiceStub)(channel).Describe(request, timeout=30)
+        described = cast(Any, ExpertServiceStub)(channel).Describe(request, timeout=120)
     return cast(experts_pb2.DescribeResponse, described)
 
 
@@ -74,7 +74,7 @@ def ask_over_grpc(worker: WorkerProcess, messages: list[bytes]) -> list[bytes]:
     with grpc.insecure_channel(worker.endpoint) as channel:
         stub = cast(Any, ExpertServiceStub)(channel)
         return [
-            next(stub.Dispatch(iter([request]), timeout=30)).SerializeToString()
+            next(stub.Dispatch(iter([request]), timeout=120)).SerializeToString()
             for request in requests
         ]
 
@@ -110,7 +110,7 @@ def untimed(answer: bytes) -> experts_pb2.DispatchResponse:
 
 
 def tokens_by_slot(worker: WorkerProcess) -> dict[str, float]:
-    with urlopen(f"http://{worker.metrics_endpoint}/metrics", timeout=5) as response:
+    with urlopen(f"http://{worker.metrics_endpoint}/metrics", timeout=60) as response:
         text = response.read().decode()
     return {
         labels: float(value)
@@ -278,11 +278,11 @@ def test_slots_come_and_go_under_traffic(model: Path, generator: torch.Generator
         with grpc.insecure_channel(worker.endpoint) as channel:
             stub = cast(Any, ExpertServiceStub)(channel)
             for _ in range(5):
-                stub.UnloadSlots(experts_pb2.UnloadSlotsRequest(slots=slots), timeout=30)
+                stub.UnloadSlots(experts_pb2.UnloadSlotsRequest(slots=slots), timeout=120)
                 with lane_socket(describe(worker).lane_port) as lane:
                     answer = decode_response(lane.ask(message))
                     assert answer.status == STATUS.DISPATCH_STATUS_UNKNOWN_EXPERT
-                stub.LoadSlots(experts_pb2.LoadSlotsRequest(slots=slots), timeout=30)
+                stub.LoadSlots(experts_pb2.LoadSlotsRequest(slots=slots), timeout=120)
         ending.set()
         for client in clients:
             client.join()

@@ -146,7 +146,7 @@ async def _tier(url: str, folder: Path) -> AsyncIterator[SessionTier]:
         dtype="bfloat16",
     )
     yield SessionTier(
-        RedisSessionStore(url, fleet="fleet", layout=layout),
+        RedisSessionStore(url, fleet="fleet", layout=layout, round_trip_timeout_s=60.0),
         layout=layout,
         queue_bytes=1 << 24,
         default_ttl_s=60.0,
@@ -180,7 +180,7 @@ async def test_the_kv_of_a_lost_shard_comes_back_from_the_store(
             ):
                 rest = (await _answer(engine, _resumed(request, {0: emitted})))[0]
                 stats = engine.stats()
-                await tier.flush(5)
+                await tier.flush(60)
                 assert tier.stats().refused == {}
     assert 10 <= len(emitted) < NEW_TOKENS
     assert emitted + rest == whole, f"seed {seed}"

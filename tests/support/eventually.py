@@ -8,9 +8,12 @@ from collections.abc import Awaitable, Callable
 
 
 async def eventually(
-    condition: Callable[[], bool | Awaitable[bool]], *, timeout_s: float = 5.0
+    condition: Callable[[], bool | Awaitable[bool]], *, timeout_s: float = 60.0
 ) -> None:
-    """Return once `condition` holds; raise `TimeoutError` if it does not within `timeout_s`."""
+    """Return once `condition` holds; raise `TimeoutError` if it does not within `timeout_s`.
+
+    The time only bounds a failure: give one only where it says something of what is tested.
+    """
     async with asyncio.timeout(timeout_s):
         while True:
             holds = condition()

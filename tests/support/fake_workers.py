@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -97,6 +98,8 @@ class FakeWorker:
     faults: deque[Fault] = field(default_factory=deque)
     requests: list[RequestFrame] = field(default_factory=list)
     links: list[FakeLink] = field(default_factory=list)
+    late: list[tuple[asyncio.TimerHandle, Callable[[], None]]] = field(default_factory=list)
+    """Answers that `delay_s` holds up."""
 
     @property
     def record(self) -> WorkerRecord:
@@ -117,6 +120,13 @@ class FakeWorker:
                 for layer, expert in sorted(self.slots)
             ],
         )
+
+    def answer_late(self) -> None:
+        """Give all answers that `delay_s` holds up now."""
+        late, self.late = self.late, []
+        for timer, deliver in late:
+            timer.cancel()
+            deliver()
 
     def kill(self) -> None:
         self.is_up = False
@@ -176,7 +186,8 @@ class FakeLink:
             loop.call_soon(self._deliver, frame, call_id)
             loop.call_soon(self._deliver, frame, call_id)
         elif self._worker.delay_s:
-            loop.call_later(self._worker.delay_s, self._deliver, frame, call_id)
+            deliver = partial(self._deliver, frame, call_id)
+            self._worker.late.append((loop.call_later(self._worker.delay_s, deliver), deliver))
         else:
             loop.call_soon(self._deliver, frame, call_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from services.core.errors import UnavailableError
@@ -18,12 +19,14 @@ from services.sessions.store import (
 
 
 class FlakyStore:
-    """`SessionStore` in memory. `delay_s` passes before each answer; `is_down` makes calls fail;
+    """`SessionStore` in memory. `delay_s` passes before each answer, less if it is set to less
+    meanwhile, and `fetch_delay_s` more before a payload; `is_down` makes calls fail;
     `payload_limit` cuts payloads that are fetched. Counts what it was asked."""
 
     def __init__(self, layout: BlockLayout) -> None:
         self.inner = MemorySessionStore(layout)
         self.delay_s = 0.0
+        self.fetch_delay_s = 0.0
         self.is_down = False
         self.payload_limit: int | None = None
         self.num_counts = 0
@@ -67,7 +70,7 @@ class FlakyStore:
         return await self.inner.count_prefix(hashes)
 
     async def fetch(self, hashes: Sequence[bytes]) -> list[memoryview | None]:
-        await self._answer()
+        await self._answer(self.fetch_delay_s)
         payloads = await self.inner.fetch(hashes)
         self.num_fetched += sum(payload is not None for payload in payloads)
         return [None if payload is None else payload[: self.payload_limit] for payload in payloads]
@@ -86,7 +89,9 @@ class FlakyStore:
     async def close(self) -> None:
         self.is_closed = True
 
-    async def _answer(self) -> None:
+    async def _answer(self, more_s: float = 0.0) -> None:
         if self.is_down:
             raise UnavailableError("the store is down")
-        await asyncio.sleep(self.delay_s)
+        began = time.monotonic()
+        while (left_s := began + self.delay_s + more_s - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left_s, 0.01))

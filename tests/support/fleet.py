@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from opentelemetry.trace import NoOpTracer
+from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import CollectorRegistry
 
 from expert_service.dispatch import DispatchService
@@ -24,6 +24,8 @@ from expert_service.slots import SlotGroup
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
 from router_service.dispatch.dispatcher import RemoteExperts
+from router_service.dispatch.lane_choice import chosen_transport
+from router_service.dispatch.local_experts import LocalExperts
 from router_service.engine.engine import Engine
 from router_service.loop_thread import LoopThread
 from router_service.model.decoder import MixtralDecoder
@@ -37,8 +39,9 @@ from services.core.memory_registry import MemoryRegistry
 from services.core.model_config import ModelConfig
 from services.core.placement import WorkerSlots
 from services.core.quantization.formats import WeightsSetting
-from services.core.settings import Settings, load_settings
+from services.core.settings import DispatchTransportName, Settings, load_settings
 from services.core.static_registry import StaticRegistry
+from tests.support.at_once import all_at_once
 from tests.support.eventually import eventually
 
 NUM_THREADS = 1
@@ -47,11 +50,19 @@ NUM_THREADS = 1
 
 @asynccontextmanager
 async def running_workers(
-    folder: Path, placement: Sequence[WorkerSlots], *, expert_weights: str = "auto"
+    folder: Path,
+    placement: Sequence[WorkerSlots],
+    *,
+    expert_weights: str = "auto",
+    tracer: Tracer | None = None,
+    **settings: object,
 ) -> AsyncIterator[list[str]]:
     """One worker for each part of the placement; yields their endpoints once all are ready."""
     fleet = _Fleet(
-        settings=load_settings(model=str(folder), device="cpu", expert_weights=expert_weights)
+        tracer=tracer or NoOpTracer(),
+        settings=load_settings(
+            model=str(folder), device="cpu", expert_weights=expert_weights, **settings
+        ),
     )
     thread = LoopThread("workers")
     thread.start()
@@ -65,10 +76,21 @@ async def running_workers(
 
 
 def remote_experts(
-    config: ModelConfig, endpoints: Sequence[str], dtype: torch.dtype
+    config: ModelConfig,
+    endpoints: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    transport: DispatchTransportName = "grpc",
+    tracer: Tracer | None = None,
 ) -> RemoteExperts:
     """A dispatcher to the workers at `endpoints`."""
-    return RemoteExperts(config, registry=StaticRegistry(endpoints, timeout_s=10.0), dtype=dtype)
+    return RemoteExperts(
+        config,
+        registry=StaticRegistry(endpoints, timeout_s=60.0),
+        dtype=dtype,
+        transport=chosen_transport(transport, max_frame_bytes=256 << 20),
+        tracer=tracer,
+    )
 
 
 @asynccontextmanager
@@ -96,13 +118,21 @@ async def running_engine(
     num_micro_batches: int | Literal["auto"] = 1,
     shard_weights: WeightsSetting = "auto",
     session_tier: SessionTier | None = None,
+    transport: DispatchTransportName = "grpc",
+    tracer: Tracer | None = None,
+    step_sample_interval: int = 64,
 ) -> AsyncIterator[Engine]:
-    """The engine over the workers at `endpoints`, ready."""
+    """The engine over the workers at `endpoints`, ready; with the experts in process where there
+    are none."""
     checkpoint = Checkpoint.open(str(folder))
     config, device = checkpoint.config, torch.device("cpu")
     thread = LoopThread("engine")
     thread.start()
-    experts = remote_experts(config, endpoints, dtype)
+    experts: LocalExperts | RemoteExperts
+    if endpoints:
+        experts = remote_experts(config, endpoints, dtype, transport=transport, tracer=tracer)
+    else:
+        experts = LocalExperts.load(checkpoint, dtype=dtype, device=device, tracer=tracer)
     await thread.run(experts.wait_ready())
     engine = Engine(
         config=config,
@@ -124,6 +154,8 @@ async def running_engine(
         num_micro_batches=num_micro_batches,
         num_threads=NUM_THREADS,
         session_tier=session_tier,
+        tracer=tracer,
+        step_sample_interval=step_sample_interval,
         thread=thread,
     )
     engine.start()
@@ -137,7 +169,7 @@ async def running_engine(
 async def greedy(
     engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> list[list[int]]:
-    """`max_tokens` greedy tokens of every prompt, all requests at once."""
+    """`max_tokens` greedy tokens of every prompt; see `all_at_once`."""
 
     async def one(number: int, prompt: Sequence[int]) -> list[int]:
         request = GenerateRequest(
@@ -152,7 +184,7 @@ async def greedy(
             for token in delta.token_ids
         ]
 
-    return list(await asyncio.gather(*(one(*item) for item in enumerate(prompts))))
+    return await all_at_once(engine, [one(*item) for item in enumerate(prompts)])
 
 
 def random_placement(config: ModelConfig, generator: random.Random) -> list[WorkerSlots]:
@@ -176,6 +208,7 @@ class _Fleet:
     """Workers on one loop; their leases say when they are ready."""
 
     settings: Settings
+    tracer: Tracer
     registry: MemoryRegistry = field(default_factory=MemoryRegistry)
     workers: list[ExpertWorker] = field(default_factory=list)
     runs: list[asyncio.Task[bool]] = field(default_factory=list)
@@ -216,13 +249,13 @@ class _Fleet:
         dispatch = DispatchService(
             max_frame_bytes=self.settings.max_frame_bytes,
             stats=stats,
-            spans=FrameSpans(NoOpTracer(), worker_id=worker_id),
+            spans=FrameSpans(self.tracer, worker_id=worker_id),
         )
         return ExpertWorker(
             self.settings,
             options,
             dispatch=dispatch,
             stats=stats,
-            tracer=NoOpTracer(),
+            tracer=self.tracer,
             registry=self.registry,
         )

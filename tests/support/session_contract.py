@@ -136,7 +136,7 @@ class SessionStoreContract:
         await store.put_checkpoint([again, once], ttl_s=0.3)
         await store.put_checkpoint([again], ttl_s=60)
         await store.put_checkpoint([again], ttl_s=0.1)
-        await eventually(lambda: is_gone(store, once), timeout_s=5)
+        await eventually(lambda: is_gone(store, once))
         assert await count(store, [again]) == (0, 1)
 
     async def test_a_sound_checkpoint_replaces_the_damaged_block_of_a_session(
@@ -183,7 +183,7 @@ class SessionStoreContract:
         async def is_gone() -> bool:
             return await count(store, blocks) == (0, 0)
 
-        await eventually(is_gone, timeout_s=5)
+        await eventually(is_gone)
 
     async def test_the_prefix_ends_at_the_first_gap(self, store: SessionStore) -> None:
         blocks = random_blocks(6)

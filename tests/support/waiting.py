@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str = "") -> None:
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 120.0, what: str = "") -> None:
     """Return once `condition` holds; fail the test if it does not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -37,11 +37,11 @@ class WorkerProcess:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, timeout_s: float = 20.0) -> int:
+    def wait(self, timeout_s: float = 60.0) -> int:
         """Its exit status, once it has ended and all of its log was read."""
         return self.process.wait(timeout_s)
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Return when its health is SERVING; fail with its log if it ends before."""
         request = health_pb2.HealthCheckRequest(service="")
         with grpc.insecure_channel(self.endpoint) as channel:
@@ -104,7 +104,7 @@ def run_worker_to_end(
         env=_clean_environment() | dict(environment or {}),
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     return ended.returncode, ended.stderr
@@ -128,7 +128,7 @@ def _read_log(worker: WorkerProcess) -> None:
             worker.endpoint = match[1]
 
 
-def _wait_listening(worker: WorkerProcess, timeout_s: float = 60.0) -> None:
+def _wait_listening(worker: WorkerProcess, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not worker.endpoint:
         if worker.process.poll() is not None or time.monotonic() > deadline:

@@ -31,7 +31,7 @@ async def _delayed_echo(delay_s: float) -> AsyncIterator[tuple[str, int]]:
 
 
 async def test_a_round_trip_takes_twice_the_delay_and_pipelined_ones_do_not_wait_in_line() -> None:
-    async with _delayed_echo(0.05) as address, asyncio.timeout(30):
+    async with _delayed_echo(0.2) as address, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"x")
         await reader.readexactly(1)  # connected, and the delay is set
@@ -42,12 +42,12 @@ async def test_a_round_trip_takes_twice_the_delay_and_pipelined_ones_do_not_wait
         await reader.readexactly(20)
         seconds = time.perf_counter() - start
         writer.close()
-    assert 0.1 <= seconds < 1.0, "20 round trips one after the other would take 2 s"
+    assert 0.4 <= seconds < 6.0, "20 round trips one after the other would take 8 s"
 
 
 async def test_bytes_come_back_whole_and_in_order() -> None:
     sent = b"".join(number.to_bytes(4, "little") for number in range(1 << 19))
-    async with _delayed_echo(0.002) as address, asyncio.timeout(30):
+    async with _delayed_echo(0.002) as address, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection(*address)
         receiving = asyncio.ensure_future(reader.readexactly(len(sent)))
         writer.write(sent)

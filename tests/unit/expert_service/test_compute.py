@@ -59,7 +59,7 @@ class Bench:
         )
 
     def next_batch(self) -> Sequence[Outcome]:
-        return self.batches.get(timeout=10)
+        return self.batches.get(timeout=60)
 
     def alone(self, frame: RequestFrame) -> torch.Tensor:
         return moe_forward(
