@@ -15,6 +15,7 @@ from benchmarks.rounds import Rounds, workloads
 from benchmarks.side_process import SideFailedError, SideProcess
 from benchmarks.sides import SideSpec
 from services.core.model_config import ModelConfig, load_model_config
+from tests.support.waiting import wait_until
 
 FAKE = """
 import sys
@@ -106,7 +107,8 @@ def test_a_side_that_is_stopped_between_jobs_answers_and_ends(start: StartFake) 
 
     job = {"prompts": [[7, 8]], "max_tokens": 2}
     assert [side.run(job)["tokens"] for _ in range(2)] == [[[7, 7]]] * 2
-    assert Path(f"/proc/{side.pid}/stat").read_text().split()[2] == "T"
+    stat = Path(f"/proc/{side.pid}/stat")
+    wait_until(lambda: stat.read_text().split()[2] == "T", what="it stands still")
     side.close()
     assert not Path(f"/proc/{side.pid}").exists()
 
