@@ -17,6 +17,7 @@ _HIDDEN = frozenset((telemetry.GEN_AI_CONVERSATION_ID,))
 def trace_json(found: FoundTrace) -> dict[str, Any]:
     """`spans` are those of the request, `steps` the sampled engine steps with all below each, own
     ones and those of other traces that link to this one. `start_ms` counts from the trace's start.
+    With `is_partial` more is to come: processes hand over their spans about once a second.
     """
     start_ns = min(span.start_ns for span in found.spans)
     end_ns = max(span.end_ns for span in found.spans)
@@ -33,6 +34,7 @@ def trace_json(found: FoundTrace) -> dict[str, Any]:
         "spans": [_span(span, start_ns) for span in found.spans if span.span_id not in in_steps],
         "steps": [_step(step, found.trace_id, start_ns) for step in steps],
         "is_truncated": found.is_truncated,
+        "is_partial": _is_partial(found.spans),
     }
 
 
@@ -55,6 +57,21 @@ def _request_id(spans: Sequence[SpanRecord]) -> str | None:
             if span.name == name and telemetry.ATTR_REQUEST_ID in span.attributes:
                 return str(span.attributes[telemetry.ATTR_REQUEST_ID])
     return None
+
+
+def _is_partial(spans: Sequence[SpanRecord]) -> bool:
+    """Whether a span's parent is missing, or what the shard did for a request that succeeded. The
+    gateway's own span may hang under one of its caller."""
+    known = {span.span_id for span in spans}
+    requests = [span for span in spans if span.name == telemetry.SPAN_REQUEST]
+    if any(
+        span.parent_id is not None and span.parent_id not in known
+        for span in spans
+        if span.name != telemetry.SPAN_REQUEST
+    ):
+        return True
+    is_served = any(span.attributes.get("http.response.status_code") == 200 for span in requests)
+    return is_served and all(span.name != telemetry.SPAN_GENERATE for span in spans)
 
 
 def _step(step: Sequence[SpanRecord], trace_id: str, start_ns: int) -> dict[str, Any]:

@@ -208,6 +208,7 @@ def trace() -> dict[str, Any]:
         "started_at": NOW - 30,
         "duration_ms": 1000.0,
         "is_truncated": False,
+        "is_partial": False,
         "spans": [
             _span("expertfleet.gateway.request", "r1", None, 0.0, 1000.0),
             _span("expertfleet.shard.generate", "g1", "r1", 5.0, 990.0),

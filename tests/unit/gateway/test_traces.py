@@ -57,6 +57,25 @@ def test_steps_are_taken_out_of_the_waterfall_and_nested() -> None:
     assert (dispatch_told["error"], dispatch_told["parent_id"]) == ("gone", layer.span_id)
 
 
+def test_a_trace_is_partial_until_what_the_shard_did_is_there() -> None:
+    served = {"http.response.status_code": 200}
+    request = span_record(telemetry.SPAN_REQUEST, attributes=served)
+    generate = span_record(telemetry.SPAN_GENERATE, parent=request)
+    prefill = span_record(telemetry.SPAN_PREFILL, parent=generate)
+    assert trace_json(found(request))["is_partial"]
+    assert trace_json(found(request, prefill))["is_partial"]
+    assert not trace_json(found(request, generate, prefill))["is_partial"]
+    refused = span_record(telemetry.SPAN_REQUEST, attributes={"http.response.status_code": 400})
+    assert not trace_json(found(refused))["is_partial"]
+
+
+def test_a_gateways_span_under_its_callers_is_no_part_of_a_partial_trace() -> None:
+    caller = span_record("client")
+    request = span_record(telemetry.SPAN_REQUEST, parent=caller)
+    generate = span_record(telemetry.SPAN_GENERATE, parent=request)
+    assert not trace_json(found(request, generate))["is_partial"]
+
+
 def test_events_and_links_are_told() -> None:
     span = SpanRecord(
         trace_id="1" * 32,

@@ -62,7 +62,8 @@ export class Trace {
   async #find(id, signal) {
     for (let look = 1; ; look += 1) {
       try {
-        return (await call(`v1/traces/${encodeURIComponent(id)}`, { signal })).json;
+        const trace = (await call(`v1/traces/${encodeURIComponent(id)}`, { signal })).json;
+        if (!trace.is_partial || look === LOOKS) return trace;
       } catch (error) {
         if (error.status !== 404 || look === LOOKS) throw error;
       }
