@@ -25,7 +25,9 @@ find_engine() {
 }
 
 pip_looks_elsewhere() {
-    "$python" -m pip config list 2>/dev/null | grep -qE "index-url|find-links|no-index"
+    local configured # in a variable: a pipe that grep leaves early fails
+    configured="$("$python" -m pip config list 2>/dev/null)"
+    grep -qE "index-url|find-links|no-index" <<<"$configured"
 }
 
 # What the images install, as wheels: a wheel that pip finds is taken as it is.
