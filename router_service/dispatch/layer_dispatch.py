@@ -44,6 +44,8 @@ GRACE_S = 0.3
 """How long rows wait for an expert that is away before they are left behind."""
 _FIRST_RESEND_DELAY_S = 0.02
 _MAX_RESEND_DELAY_S = 1.0
+_MANY_RETRIES = 64
+"""So many in one call, and there is something that sending at once does not mend."""
 _OVER_BUDGET_DELAY_S = 0.25
 _LOOK_AGAIN_S = 0.05
 _TIMER_LAG_S = 0.01
@@ -338,8 +340,9 @@ class LayerDispatch:
         self._last_fault = f"{sent.worker_id}: {fault.text}"
         self._note_resend(sent, fault.reason)
         if not self._has_others(sent, self._avoided):
-            delay_s = _FIRST_RESEND_DELAY_S * 2 ** min(self._num_retries, 16)
-            sent.retry_at += min(delay_s, _MAX_RESEND_DELAY_S)
+            sent.retry_at += _resend_delay_s(self._num_retries)
+        elif self._num_retries >= _MANY_RETRIES:
+            sent.retry_at += _resend_delay_s(self._num_retries - _MANY_RETRIES)
         elif fault.reason not in BLAMELESS and not self._budget.take():
             sent.retry_at += _OVER_BUDGET_DELAY_S
 
@@ -531,6 +534,10 @@ class LayerDispatch:
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
+
+
+def _resend_delay_s(num_retries: int) -> float:
+    return min(_FIRST_RESEND_DELAY_S * 2.0 ** min(num_retries, 16), _MAX_RESEND_DELAY_S)
 
 
 def _over_tokens(plan: DispatchPlan, token_ids: NDArray[np.int64]) -> DispatchPlan:

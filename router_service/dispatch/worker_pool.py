@@ -261,6 +261,8 @@ class WorkerPool:
                 self._chooser.probe_failed(record.worker_id, time.monotonic())
                 return None
             return _MAX_BACKOFF_S  # a busy worker; if it is a dead one the link breaks
+        if link.broken is not None:  # meanwhile; what was told of that has been acted upon
+            raise UnavailableError(link.broken)
         if description.state != experts_pb2.WORKER_STATE_READY:
             self._leave(member, "is not ready")
             return _NOT_READY_BACKOFF_S
@@ -287,12 +289,13 @@ class WorkerPool:
         for slot in description.slots:
             self._digests.setdefault((slot.layer, slot.expert), slot.digest)
         member.refusal, member.num_refusals = "", 0
+        is_new = member.slots != slots or member.link is not link
         member.link, member.max_frame_bytes = link, description.max_frame_bytes
         member.has_broken = False
         if self._chooser.is_ejected(member.record.worker_id):
             logger.info("worker %s is used again", member.record.worker_id)
             self._chooser.returned(member.record.worker_id)
-        if member.slots != slots:
+        if is_new:
             member.slots = slots
             self._rebuild()
 

@@ -98,6 +98,8 @@ class FakeWorker:
     faults: deque[Fault] = field(default_factory=deque)
     requests: list[RequestFrame] = field(default_factory=list)
     links: list[FakeLink] = field(default_factory=list)
+    describing: asyncio.Event | None = None
+    """Set, it holds up who asks what the worker holds."""
     late: list[tuple[asyncio.TimerHandle, Callable[[], None]]] = field(default_factory=list)
     """Answers that `delay_s` holds up."""
 
@@ -170,7 +172,10 @@ class FakeLink:
             raise UnavailableError(f"{self._worker.worker_id} is down")
         if self not in self._worker.links:
             self._worker.links.append(self)
-        return self._worker.describe()
+        description = self._worker.describe()
+        if self._worker.describing is not None:
+            await self._worker.describing.wait()
+        return description
 
     def send(self, stream: int, call_id: int, frame: bytes, on_answer: OnAnswer) -> None:
         if self.broken is not None:

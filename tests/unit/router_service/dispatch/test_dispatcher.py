@@ -593,6 +593,32 @@ async def test_dispatch_goes_on_while_the_store_is_away_or_lost_everything(
     await experts.close()
 
 
+async def test_a_link_that_breaks_while_its_worker_is_asked_is_not_sent_to() -> None:
+    (worker,) = make_workers(1)
+    async with remote([worker]) as experts:
+        worker.describing = asyncio.Event()
+        experts._pool.probe(worker.worker_id)
+        (link,) = worker.links
+        await asyncio.sleep(0.01)  # it is being asked
+        link.break_off("cut")
+        worker.describing.set()
+        worker.describing = None
+        await eventually(lambda: any(link.broken is None for link in experts._pool.view.links))
+        async with asyncio.timeout(SOON_S):
+            await experts.forward(0, *random_call(worker), CONTEXT)
+        assert all(link.broken is None for link in experts._pool.view.links)
+
+
+async def test_a_call_whose_frames_fail_at_once_every_time_is_not_sent_without_end() -> None:
+    workers = make_workers(1, replicas=2)
+    async with remote(workers, expert_wait_s=2.0) as experts:
+        view = experts._pool.view
+        for link in view.links:  # broken, and nobody knows
+            object.__setattr__(link, "broken", "cut")
+        with pytest.raises(ExpertUnavailableError):
+            await experts.forward(0, *random_call(workers[0]), CONTEXT)
+
+
 async def test_a_worker_whose_lease_is_gone_is_kept_until_its_link_breaks() -> None:
     workers = make_workers(2)
     registry, experts = await flaky_fleet(workers)
