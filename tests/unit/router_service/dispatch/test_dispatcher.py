@@ -610,13 +610,15 @@ async def test_a_link_that_breaks_while_its_worker_is_asked_is_not_sent_to() -> 
 
 
 async def test_a_call_whose_frames_fail_at_once_every_time_is_not_sent_without_end() -> None:
-    workers = make_workers(1, replicas=2)
-    async with remote(workers, expert_wait_s=2.0) as experts:
-        view = experts._pool.view
-        for link in view.links:  # broken, and nobody knows
-            object.__setattr__(link, "broken", "cut")
+    workers, metrics = make_workers(1, replicas=2), CollectorRegistry()
+    async with remote(workers, expert_wait_s=2.0, metrics=metrics) as experts:
+        for worker in workers:
+            worker.links[0].broken = "cut"  # and nobody knows
         with pytest.raises(ExpertUnavailableError):
             await experts.forward(0, *random_call(workers[0]), CONTEXT)
+    retries = metrics.get_sample_value(METRIC_DISPATCH_RETRIES, {"reason": "broken"})
+    assert retries is not None
+    assert layer_dispatch._MANY_RETRIES <= retries < 1.5 * layer_dispatch._MANY_RETRIES
 
 
 async def test_a_worker_whose_lease_is_gone_is_kept_until_its_link_breaks() -> None:
