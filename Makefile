@@ -8,7 +8,7 @@ PROTOS := protos/experts.proto protos/shards.proto
 .PHONY: help setup serve test check chart-check compose-check images images-check format protos protos-check demo-model clean \
 	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
 	bench-autoscale bench-gpu bench-hot-expert bench-long-context bench-perplexity bench-plan \
-	bench-wide faults soak
+	bench-session-restore bench-steady-cost bench-wide faults soak
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -94,6 +94,12 @@ bench-gateway: setup ## measure what gateway and Ray add to a token
 
 bench-hot-expert: setup ## throw 70 % of the tokens onto one expert; writes docs/performance/hot-expert.md
 	$(PY) -m benchmarks.hot_expert $(ARGS)
+
+bench-steady-cost: setup ## measure what metrics, traces and checkpoints cost all the time
+	$(PY) -m benchmarks.steady_cost $(ARGS)
+
+bench-session-restore: setup ## measure restoring a session's KV beside computing it again
+	$(PY) -m benchmarks.session_restore $(ARGS)
 
 bench-autoscale: setup ## a compressed day with and without the autoscaler, five minutes
 	$(PY) -m benchmarks.autoscale_trace --real $(ARGS)

@@ -17,6 +17,12 @@ class Ceilings:
     read_bytes_per_s: float
     flop_per_s: float
 
+    def mean(self, other: Ceilings) -> Ceilings:
+        return Ceilings(
+            read_bytes_per_s=(self.read_bytes_per_s + other.read_bytes_per_s) / 2,
+            flop_per_s=(self.flop_per_s + other.flop_per_s) / 2,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:

@@ -35,6 +35,7 @@ from benchmarks.delay_proxy import DelayedNetwork
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import SHAPES, RandomShape, write_random_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.workers import lanes_of
 from router_service.engine.step_timings import StepTimings
 from router_service.shard import AttentionShard
 from services.core.generation import GenerateRequest, SamplingParams
@@ -134,7 +135,7 @@ def main() -> None:
         write_random_checkpoint(folder, (SHAPES | {"narrow": NARROW})[arguments.model])
         with (
             running_workers(str(folder), "bfloat16", arguments.workers) as endpoints,
-            contextlib.closing(DelayedNetwork(endpoints)) as network,
+            contextlib.closing(DelayedNetwork(endpoints, lanes_of(endpoints))) as network,
             _running_shards(str(folder), network.endpoints) as shards,
         ):
             vocab_size = load_model_config(folder).vocab_size

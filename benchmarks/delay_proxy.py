@@ -2,15 +2,15 @@
 
     python -m benchmarks.delay_proxy HOST:PORT [HOST:PORT ...]
 
-Listens on a loopback port for each target and prints the ports as one JSON list. Then reads lines
-from standard input, each a delay in seconds that bytes have from then on, in each direction; ends
-with its input. Bandwidth is not limited. One thread on `select`, whose timeouts are finer than the
-milliseconds of epoll and of event loops.
+Listens on 127.0.0.2 at the port of each target, and says by a line when it does. So one address
+stands for the other, also with ports that a target itself tells, as a worker tells that of its
+lanes. Then reads lines from standard input, each a delay in seconds that bytes have from then on,
+in each direction; ends with its input. Bandwidth is not limited. One thread on `select`, whose
+timeouts are finer than the milliseconds of epoll and of event loops.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import socket
@@ -20,22 +20,25 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+PROXY_HOST = "127.0.0.2"
 _READ_BYTES = 1 << 20
 
 
 class DelayedNetwork:
-    """The proxy's process. `endpoints` stand for the workers' own."""
+    """The proxy's process. `endpoints` stand for those given; `more` are proxied beside them."""
 
-    def __init__(self, worker_endpoints: str) -> None:
+    def __init__(self, endpoints: str, more: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.delay_proxy", *worker_endpoints.split(",")],
+            [sys.executable, "-m", "benchmarks.delay_proxy", *endpoints.split(","), *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self._process.stdout is not None
-        ports = json.loads(self._process.stdout.readline())
-        self.endpoints = ",".join(f"127.0.0.1:{port}" for port in ports)
+        if not self._process.stdout.readline():
+            raise OSError(f"the proxy ended with status {self._process.wait()}")
+        ports = [endpoint.rpartition(":")[2] for endpoint in endpoints.split(",")]
+        self.endpoints = ",".join(f"{PROXY_HOST}:{port}" for port in ports)
 
     def set_delay(self, seconds: float) -> None:
         assert self._process.stdin is not None
@@ -58,11 +61,7 @@ class DelayProxy:
         """By the socket that is read."""
         for target in targets:
             host, _, port = target.rpartition(":")
-            self._targets[socket.create_server(("127.0.0.1", 0))] = (host, int(port))
-
-    @property
-    def ports(self) -> list[int]:
-        return [listener.getsockname()[1] for listener in self._targets]
+            self._targets[socket.create_server((PROXY_HOST, int(port)))] = (host, int(port))
 
     def run(self) -> None:
         """Forward until standard input ends."""
@@ -155,7 +154,7 @@ class _Pipe:
 
 def main() -> None:
     proxy = DelayProxy(sys.argv[1:])
-    sys.stdout.write(json.dumps(proxy.ports) + "\n")
+    sys.stdout.write("listening\n")
     sys.stdout.flush()
     proxy.run()
 

@@ -68,6 +68,11 @@ LOADS = {
 }
 
 
+ONE_CORE_EACH = {"EXPERTFLEET_NUM_THREADS": "1"}
+"""As if each process had a machine of its own: a hot expert's worker must not take its neighbour's
+cores, for then there is nothing that a replica could win."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What was seen between two times of `time.perf_counter`; tokens are those of prompts too."""
@@ -201,7 +206,7 @@ async def _running(
     model: Path, folder: Path, asked: Load, options: Sequence[str]
 ) -> AsyncIterator[Run]:
     arguments = ["--workers", "2", "--no-ray", "--dtype", "bfloat16", *options]
-    product = Product(folder, *arguments, model=model)
+    product = Product(folder, *arguments, model=model, environment=ONE_CORE_EACH)
     await asyncio.to_thread(product.start)
     store = RunningInstance.find(folder).run_folder / "store.sock"
     registry = RedisRegistry(f"unix://{store}", fleet="default")

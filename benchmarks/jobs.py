@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 Job = dict[str, Any]
-"""{"prompts": [[ids]...], "max_tokens": n}"""
+"""{"prompts": [[ids]...], "max_tokens": n}, ours also "session_id"."""
 
 Result = dict[str, Any]
 """What `result_of` makes, or a measured figure by name."""

@@ -34,6 +34,7 @@ from benchmarks.delay_proxy import DelayedNetwork
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.workers import lanes_of
 from services.cli.calibration.run import calibrate
 from services.cli.calibration.timing import typical_s
 from services.core.model_config import ModelConfig, load_model_config
@@ -124,7 +125,7 @@ def _rows(
             if not delay_s:
                 yield from _side(folder, config, calibration, num_workers, endpoints, batches, 0.0)
                 continue
-            with contextlib.closing(DelayedNetwork(endpoints)) as network:
+            with contextlib.closing(DelayedNetwork(endpoints, lanes_of(endpoints))) as network:
                 network.set_delay(delay_s)
                 yield from _side(
                     folder,
@@ -229,10 +230,11 @@ async def _arrivals(shard: object, prompts: Sequence[Sequence[int]]) -> list[flo
 def _measured_delay_s(delay_s: float) -> float:
     """One way, by what an echo through a proxy with this delay takes longer than without proxy."""
     with _echo_server() as port:
-        direct_s = _echo_s(port)
-        with contextlib.closing(DelayedNetwork(f"127.0.0.1:{port}")) as network:
+        endpoint = f"127.0.0.1:{port}"
+        direct_s = _echo_s(endpoint)
+        with contextlib.closing(DelayedNetwork(endpoint)) as network:
             network.set_delay(delay_s)
-            delayed_s = _echo_s(int(network.endpoints.rpartition(":")[2]))
+            delayed_s = _echo_s(network.endpoints)
     return (delayed_s - direct_s) / 2
 
 
@@ -252,10 +254,11 @@ def _echo_server() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def _echo_s(port: int) -> float:
+def _echo_s(endpoint: str) -> float:
+    host, _, port = endpoint.rpartition(":")
     payload = bytes(ECHO_BYTES)
     times = []
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(ECHOES):
             started = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.bound import decode_bound, prefill_bound
+from benchmarks.bound import Ceilings, decode_bound, prefill_bound
 from benchmarks.rounds import Samples, Workload
 from benchmarks.targets import BOUND, ELSEWHERE, TARGETS, verdict
 from services.core.model_config import ModelConfig
@@ -35,27 +35,32 @@ class ModelReport:
         return list(next(iter(self.samples.rates.values())))
 
     def bounds(self) -> dict[str, float]:
-        """Tokens per second by label that the machine's ceilings allow in bfloat16."""
-        ceiling = self.samples.ceiling()
-        bounds = {}
-        for workload in self.workloads:
-            if workload.is_prefill:
-                bound = prefill_bound(self.config, ceiling, num_tokens=workload.prompt_tokens)
-            else:
-                context = workload.prompt_tokens + workload.new_tokens // 2
-                bound = decode_bound(
-                    self.config, ceiling, batch=workload.num_prompts, context=context
-                )
-            bounds[workload.label] = bound
-        return bounds
+        """Tokens per second by label that the machine's ceilings allow in bfloat16, as median."""
+        return {label: statistics.median(each) for label, each in self._bounds().items()}
 
     def ratio(self, label: str, side: str, other: str) -> float | None:
-        """Of two sides, or of a side and the bound."""
+        """Of two sides, or of a side and the bound, as median of the rounds' ratios."""
         if other != BOUND:
             return self.samples.ratio(label, side, other)
         rates = self.samples.rates.get(label, {}).get(side)
-        bound = self.bounds().get(label)
-        return statistics.median(rates) / bound if rates and bound else None
+        bounds = self._bounds().get(label)
+        if not rates or not bounds:
+            return None
+        return statistics.median(rate / bound for rate, bound in zip(rates, bounds, strict=True))
+
+    def _bounds(self) -> dict[str, list[float]]:
+        """Of each round."""
+        return {
+            workload.label: [self._bound(workload, ceilings) for ceilings in each]
+            for workload in self.workloads
+            if (each := self.samples.ceilings.get(workload.label))
+        }
+
+    def _bound(self, workload: Workload, ceilings: Ceilings) -> float:
+        if workload.is_prefill:
+            return prefill_bound(self.config, ceilings, num_tokens=workload.prompt_tokens)
+        context = workload.prompt_tokens + workload.new_tokens // 2
+        return decode_bound(self.config, ceilings, batch=workload.num_prompts, context=context)
 
     def splits(self) -> dict[str, dict[str, dict[str, float]]]:
         """Milliseconds of a step by part, medians over rounds, by label, then side."""
@@ -92,7 +97,10 @@ def _figures(model: ModelReport) -> dict[str, Any]:
         "tokens_per_s": samples.rates,
         "foreign_cpu": samples.foreign,
         "timings_ms": samples.timings,
-        "ceilings": asdict(samples.ceiling()),
+        "ceilings": {
+            label: [asdict(ceilings) for ceilings in each]
+            for label, each in samples.ceilings.items()
+        },
         "bound_tokens_per_s": model.bounds(),
         "ratios": [
             {
@@ -123,15 +131,18 @@ def _versions(models: Sequence[ModelReport]) -> str:
 
 
 def _heading(model: ModelReport) -> str:
-    ceiling = model.samples.ceiling()
+    ceilings = [each for rounds in model.samples.ceilings.values() for each in rounds]
+    reads = [each.read_bytes_per_s / 1e9 for each in ceilings]
+    operations = [each.flop_per_s / 1e12 for each in ceilings]
     last = model.workloads[-1]
     return (
         f"## {model.name}\n\n"
         f"bf16 unless a side's name says otherwise; prompts of {last.prompt_tokens} tokens and "
         f"{last.new_tokens} new ones; {model.num_rounds} rounds of "
-        f"{model.samples.seconds_a_round:.0f} s; tokens/s as median (lowest to highest). Ceilings "
-        f"measured in the same run: {ceiling.read_bytes_per_s / 1e9:.1f} GB/s read, "
-        f"{ceiling.flop_per_s / 1e12:.2f} TFLOP/s in bf16; the bound follows from them by the "
+        f"{model.samples.seconds_a_round:.0f} s; tokens/s as median (lowest to highest). Ceilings, "
+        f"measured before and after each job of the first side: {min(reads):.1f} to "
+        f"{max(reads):.1f} GB/s read, {min(operations):.2f} to {max(operations):.2f} TFLOP/s in "
+        "bf16; the bound follows from those of the same moment, by the "
         "formula in `benchmarks/bound.py`."
     )
 

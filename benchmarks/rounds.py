@@ -61,12 +61,15 @@ class Workload:
 
 @dataclass(slots=True, kw_only=True)
 class Samples:
-    """Of one model: one value a round by label, then side. Sides that failed are in `failed`."""
+    """Of one model: one value a round by label, then side. Sides that failed are in `failed`.
+
+    `ceilings`, by label, are those of the moments at which the first side ran.
+    """
 
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     foreign: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     timings: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
-    ceilings: list[Ceilings] = field(default_factory=list)
+    ceilings: dict[str, list[Ceilings]] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     idle_cores: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -79,13 +82,6 @@ class Samples:
             return None
         pairs = zip(rates[side], rates[other], strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
-
-    def ceiling(self) -> Ceilings:
-        """The best of all rounds."""
-        return Ceilings(
-            read_bytes_per_s=max(each.read_bytes_per_s for each in self.ceilings),
-            flop_per_s=max(each.flop_per_s for each in self.ceilings),
-        )
 
     def drop(self, side: str, reason: str) -> None:
         """Forget a side that failed, for its rounds have no partners any more."""
@@ -119,10 +115,13 @@ def workloads(batches: Sequence[int], *, context: int, new_tokens: int) -> list[
 
 @dataclass(slots=True, kw_only=True)
 class Rounds:
-    """`sides` are ready; one that fails is closed and left out, one of ours ends everything."""
+    """`sides` are ready; one that fails is closed and left out, one of ours ends everything.
+
+    Without a `probe` no ceilings are measured.
+    """
 
     sides: list[SideProcess]
-    probe: SideProcess
+    probe: SideProcess | None
     workloads: Sequence[Workload]
     vocab_size: int
     say: Callable[[str], None]
@@ -141,20 +140,26 @@ class Rounds:
         return self.samples
 
     def _round(self, *, counts: bool) -> None:
-        ceilings = Ceilings(**self.probe.run({}))
-        if counts:
-            self.samples.ceilings.append(ceilings)
         for workload in self.workloads:
             job = {
                 "prompts": self._prompts(workload.num_prompts, workload.prompt_tokens),
                 "max_tokens": workload.new_tokens,
             }
-            for side in list(self.sides):
+            before = self._measure_ceilings()
+            for number, side in enumerate(list(self.sides)):
                 # What idle sides use is foreign too.
                 load = ForeignLoad([side.pid])
                 result = self._run(side, job)
                 if result is not None and counts:
                     self.samples.add(workload, side.name, result, load.stop())
+                if number == 0 and counts and before is not None:
+                    after = self._measure_ceilings()
+                    assert after is not None
+                    ceilings = self.samples.ceilings.setdefault(workload.label, [])
+                    ceilings.append(before.mean(after))
+
+    def _measure_ceilings(self) -> Ceilings | None:
+        return None if self.probe is None else Ceilings(**self.probe.run({}))
 
     def _run(self, side: SideProcess, job: dict[str, Any]) -> dict[str, Any] | None:
         try:

@@ -42,8 +42,9 @@ from services.core.model_config import load_model_config
 
 DEMO = Path("models/demo").resolve()
 PROBE = SideSpec(name="ceilings", command=(sys.executable, "-m", "benchmarks.ceilings"))
-WEIGHTS_FACTOR, RUNTIME_BYTES = 1.25, 1 << 30
-"""Free memory asked for before a side is started: weights times this, and its libraries."""
+WEIGHTS_FACTOR, RUNTIME_BYTES = 1.25, 3 << 30
+"""Free memory asked for before a side is started: weights times this, its libraries, and what sides
+that are loaded already will still take when they run."""
 
 
 def main() -> int:

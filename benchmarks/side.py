@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import Job, Result, Run, claim_results, result_of, serve_jobs
+from benchmarks.uncounted import stop_counting
 from benchmarks.workers import start_workers
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.model_config import load_model_config
@@ -35,15 +36,26 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", choices=("int8", "int4"))
+    parser.add_argument("--uncounted", action="store_true", help="metrics count nothing")
     arguments = parser.parse_args()
     results = claim_results()
     cores = len(os.sched_getaffinity(0))
     weights = weight_settings(arguments.weights)
+    worker_module = ["expert_service"]
+    if arguments.uncounted:
+        stop_counting()
+        worker_module.insert(0, "benchmarks.uncounted")
     with contextlib.ExitStack() as stack:
         endpoints = ""
         if arguments.side == "workers":
             endpoints = stack.enter_context(
-                running_workers(arguments.model, arguments.dtype, arguments.workers, **weights)
+                running_workers(
+                    arguments.model,
+                    arguments.dtype,
+                    arguments.workers,
+                    module=worker_module,
+                    **weights,
+                )
             )
         settings = load_settings(
             model=arguments.model,
@@ -64,11 +76,18 @@ def weight_settings(weights: str | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_workers(model: str, dtype: str, num_workers: int, **settings: Any) -> Iterator[str]:
+def running_workers(
+    model: str,
+    dtype: str,
+    num_workers: int,
+    *,
+    module: Sequence[str] = ("expert_service",),
+    **settings: Any,
+) -> Iterator[str]:
     """Real expert workers on loopback; yields their endpoints as `host:port,host:port`."""
     config = load_model_config(Path(model))
     loaded = load_settings(model=model, dtype=dtype, **settings)
-    with start_workers(Path(model), config, num_workers, loaded) as workers:
+    with start_workers(Path(model), config, num_workers, loaded, module=module) as workers:
         for worker in workers:
             worker.wait_ready()
         yield ",".join(worker.endpoint for worker in workers)
@@ -102,12 +121,13 @@ def _engine(settings: Settings) -> Iterator[Run]:
     numbers = itertools.count()
 
     async def one(
-        prompt: Sequence[int], max_tokens: int, begun: Callable[[], None]
+        prompt: Sequence[int], max_tokens: int, session_id: str | None, begun: Callable[[], None]
     ) -> tuple[list[float], list[int]]:
         request = GenerateRequest(
             request_id=f"bench-{next(numbers)}",
             prompt_token_ids=tuple(prompt),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            session_id=session_id,
         )
         times: list[float] = []
         tokens: list[int] = []
@@ -133,7 +153,10 @@ def _engine(settings: Settings) -> Iterator[Run]:
 
         shard.take_timings()
         started = time.perf_counter()
-        done = await asyncio.gather(*(one(prompt, max_tokens, begun) for prompt in prompts))
+        session_id = job.get("session_id")
+        done = await asyncio.gather(
+            *(one(prompt, max_tokens, session_id, begun) for prompt in prompts)
+        )
         timings = shard.take_timings()
         num_steps = max(1, timings.num_steps)
         return result_of(

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from protos import experts_pb2
 from services.cli.fleet import MALLOC_ENVIRONMENT
 from services.core.grpc_options import DESCRIBE_METHOD, GRPC_ENVIRONMENT
 from services.core.model_config import ModelConfig
-from services.core.placement import WorkerSlots, plan_placement
+from services.core.placement import WorkerSlots, plan_placement, worker_threads
 from services.core.registry_json import format_ranges
 from services.core.settings import Settings
 from services.core.telemetry import METRIC_WORKER_TOKENS
@@ -66,13 +66,7 @@ class MeasuredWorker:
 
     def read_figures(self) -> None:
         """What it holds, and memory, reads and rows until now; the process must still run."""
-        with grpc.insecure_channel(self.endpoint) as channel:
-            describe = channel.unary_unary(
-                DESCRIBE_METHOD,
-                request_serializer=experts_pb2.DescribeRequest.SerializeToString,
-                response_deserializer=experts_pb2.DescribeResponse.FromString,
-            )
-            described = describe(experts_pb2.DescribeRequest(), timeout=30)
+        described = describe_worker(self.endpoint)
         self.weight_bytes = described.weight_bytes
         self.checkpoint_bytes_read = described.checkpoint_bytes_read
         self.peak_bytes = peak_rss_bytes(self.process.pid)
@@ -99,14 +93,20 @@ class MeasuredWorker:
 
 @contextlib.contextmanager
 def start_workers(
-    folder: Path, config: ModelConfig, num_workers: int, settings: Settings
+    folder: Path,
+    config: ModelConfig,
+    num_workers: int,
+    settings: Settings,
+    *,
+    module: Sequence[str] = ("expert_service",),
 ) -> Iterator[list[MeasuredWorker]]:
     """All workers of a placement, started together; ended at the end.
 
-    Each has `settings.num_threads` threads, or its fair share of the cores.
+    Each has `settings.num_threads` threads, or as many as the launcher gives it. `module` is what
+    is run, with what it wants before a worker's own arguments.
     """
     cores = len(os.sched_getaffinity(0))
-    num_threads = settings.num_threads or max(1, cores // num_workers)
+    num_threads = settings.num_threads or worker_threads(cores, num_workers)
     environment = os.environ | MALLOC_ENVIRONMENT | GRPC_ENVIRONMENT
     environment |= settings.override(num_threads=num_threads).as_environment()
     workers: list[MeasuredWorker] = []
@@ -115,7 +115,7 @@ def start_workers(
             plan_placement(config.num_hidden_layers, config.num_local_experts, num_workers)
         ):
             worker_id = f"worker-{index}"
-            command = [sys.executable, "-m", "expert_service", "--model", str(folder)]
+            command = [sys.executable, "-m", *module, "--model", str(folder)]
             command += ["--worker-id", worker_id, "--port", "0"]
             command += ["--experts", format_ranges(placement.experts)]
             command += ["--layers", format_ranges(placement.layers)]
@@ -136,6 +136,26 @@ def start_workers(
             worker.process.send_signal(signal.SIGTERM)
         for worker in workers:
             worker.process.wait(timeout=60)
+
+
+def describe_worker(endpoint: str) -> experts_pb2.DescribeResponse:
+    with grpc.insecure_channel(endpoint) as channel:
+        describe = channel.unary_unary(
+            DESCRIBE_METHOD,
+            request_serializer=experts_pb2.DescribeRequest.SerializeToString,
+            response_deserializer=experts_pb2.DescribeResponse.FromString,
+        )
+        response: experts_pb2.DescribeResponse = describe(experts_pb2.DescribeRequest(), timeout=30)
+        return response
+
+
+def lanes_of(endpoints: str) -> list[str]:
+    """Where the lanes of workers are, of those that have them, as host:port."""
+    lanes = []
+    for endpoint in endpoints.split(","):
+        if port := describe_worker(endpoint).lane_port:
+            lanes.append(f"{endpoint.rpartition(':')[0]}:{port}")
+    return lanes
 
 
 def peak_rss_bytes(pid: int) -> int:

@@ -30,8 +30,8 @@ from services.core.tls import PeerTls, bind_port
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 0.1
-"""Something is written so often, also where there is nothing to say: who is silent hangs."""
+BEAT_S = 0.05
+"""Where nothing was written for so long, an empty message is: who is silent hangs."""
 _STOP_GRACE_S = 0.2
 _MAX_CHOICE_BYTES = 8 << 20
 """Past so many bytes of expert choices a step's outputs leave in several messages."""
@@ -130,6 +130,7 @@ class _GatewayStream:
         self._outputs: list[shards_pb2.RequestOutput] = []
         self._choice_bytes = 0
         self._has_outputs = asyncio.Event()
+        self._has_written = False
 
     async def serve(self) -> None:
         tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._beat())]
@@ -174,9 +175,12 @@ class _GatewayStream:
         self._has_outputs.set()
 
     async def _beat(self) -> None:
+        """At once, so that the gateway knows from the start that this shard beats."""
         while True:
+            if not self._has_written:
+                self._has_outputs.set()
+            self._has_written = False
             await asyncio.sleep(BEAT_S)
-            self._has_outputs.set()
 
     async def _write(self) -> None:
         """All requests of a step have put their tokens by the time this runs again."""
@@ -190,6 +194,7 @@ class _GatewayStream:
             for first in range(0, max(1, len(outputs)), max(1, piece)):
                 step = shards_pb2.StepOutput(outputs=outputs[first : first + piece])
                 await self._context.write(step)
+            self._has_written = True
 
 
 async def _abort(

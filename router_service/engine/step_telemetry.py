@@ -22,6 +22,9 @@ from services.core.tracing import extract_context, record_span, span_carrier, sp
 
 PHASE_QUEUE, PHASE_PREFILL, PHASE_DECODE = "queue", "prefill", "decode"
 
+_BURST = 8
+"""Steps that may be sampled one after the other where few were before."""
+
 PhaseObserver = Callable[[str, float, Span], None]
 """Told of a phase that is over, its seconds, and the request's span."""
 
@@ -162,16 +165,18 @@ class StepSampler:
     """Decides which steps get a span, and makes it.
 
     Sampled are every `interval`-th step, and for each traced request one step with a prefill chunk
-    and one with a decode, as early as may be; of either kind at most every eighth of `interval`
-    steps, so that a rush of short traced requests does not make every step a sampled one.
+    and one with a decode, as early as may be. A sampled step takes nearly twice as long as another
+    when it has a single row, so in the long run one step in `interval` is sampled and no more,
+    after a first `_BURST`; prefills and decodes then take turns.
     """
 
     def __init__(self, tracer: Tracer, *, interval: int) -> None:
         self._tracer = tracer
         self._interval = interval
-        self._gap = max(1, interval // 8)
-        self._last_prefill = -self._gap
-        self._last_decode = -self._gap
+        self._budget = float(_BURST)
+        self._last_step = 0
+        self._was_prefill = False
+        """Of the two kinds, that which was sampled last."""
 
     def begin(
         self,
@@ -207,19 +212,32 @@ class StepSampler:
         )
 
     def _pick(self, step: int, traced: Sequence[tuple[RequestTrace, bool]]) -> RequestTrace | None:
-        prefill_due = step - self._last_prefill >= self._gap
-        decode_due = step - self._last_decode >= self._gap
+        earned = (step - self._last_step) / self._interval
+        self._budget = min(float(_BURST), self._budget + earned)
+        self._last_step = step
+        if self._budget < 1:
+            return None
+        picked = self._first_of_its_kind(traced)
+        if picked is None and step % self._interval == 0 and self._budget >= 2:
+            picked = traced[step // self._interval % len(traced)][0]
+        if picked is not None:
+            self._budget -= 1
+        return picked
+
+    def _first_of_its_kind(
+        self, traced: Sequence[tuple[RequestTrace, bool]]
+    ) -> RequestTrace | None:
+        """A request that has no sampled step yet of the kind that it has now."""
         for trace, is_prefill in traced:
-            if is_prefill and prefill_due and not trace.prefill_sampled:
-                trace.prefill_sampled = True
-                self._last_prefill = step
+            if is_prefill == self._was_prefill and self._budget < 2:
+                continue
+            if is_prefill and not trace.prefill_sampled:
+                trace.prefill_sampled = self._was_prefill = True
                 return trace
-            if not is_prefill and decode_due and not trace.decode_sampled:
+            if not is_prefill and not trace.decode_sampled:
                 trace.decode_sampled = True
-                self._last_decode = step
+                self._was_prefill = False
                 return trace
-        if step % self._interval == 0:
-            return traced[step // self._interval % len(traced)][0]
         return None
 
 

@@ -220,8 +220,6 @@ class Fleet:
         threads = self._settings.num_threads
         if threads is None:
             threads = self._hardware.shard_threads(self._plan.max_shards)
-            if self._plan.in_process_experts:
-                threads = max(1, self._hardware.num_cores // self._plan.max_shards)
         return self._settings.override(num_threads=threads)
 
     async def _restart(self, request: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:

@@ -7,18 +7,32 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from services.core.kernels.library import Isa, native_library
+from services.core.placement import worker_threads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
+    """`has_native_kernels`: the experts' products are not left to torch and OpenMP."""
+
     num_cores: int
     num_gpus: int
+    has_native_kernels: bool = True
 
     @staticmethod
     def detect() -> Hardware:
-        return Hardware(num_cores=len(os.sched_getaffinity(0)), num_gpus=_count_gpus())
+        library = native_library()
+        return Hardware(
+            num_cores=len(os.sched_getaffinity(0)),
+            num_gpus=_count_gpus(),
+            has_native_kernels=library is not None and library.active_isa() >= Isa.AVX2,
+        )
 
     def worker_threads(self, num_workers: int) -> int:
-        """Torch threads per worker: all workers together fill the cores; at least one each."""
+        """Threads per worker: the native kernels' as `placement.worker_threads` says; OpenMP's fill
+        the cores just once, since it stalls where a thread has no core."""
+        if self.has_native_kernels:
+            return worker_threads(self.num_cores, num_workers)
         return max(1, self.num_cores // num_workers)
 
     def shard_threads(self, num_shards: int) -> int:

@@ -49,6 +49,13 @@ def plan_placement(num_layers: int, num_experts: int, num_workers: int) -> tuple
     )
 
 
+def worker_threads(num_cores: int, num_workers: int) -> int:
+    """Threads of each of so many workers that share a machine: twice their fair share of its cores,
+    for seldom do all compute at once; at most one for each core."""
+    fair_share = max(1, num_cores // max(1, num_workers))
+    return min(num_cores, 2 * fair_share)
+
+
 def format_slots(slots: Iterable[Slot]) -> str:
     """Slots as a worker's `--slots` takes them: layers, a colon and the experts of each of them,
     several of these joined by semicolons ("0-3:0,1;5:7")."""

@@ -1,28 +1,28 @@
 """Whether a shard hangs, by how long its stream has been silent. Pure; time is an argument.
 
-A shard writes something every `BEAT_S`, if only an empty message. What counts as too long a silence
-follows from the silences that ended: on a busy machine they are longer, and a shard that is taken
-for hung costs all of its requests a prefill elsewhere.
+A shard writes something at least every two `BEAT_S`, if only an empty message. What counts as too
+long a silence follows from the silences that ended: on a busy machine they are longer, and a shard
+that is taken for hung costs all of its requests a prefill elsewhere.
 """
 
 from __future__ import annotations
 
 TICK_S = 0.05
 """How often `tick` is to be called."""
-MIN_BOUND_S = 0.4
+MIN_BOUND_S = 0.3
 """A silence that is shorter is never taken for a hang."""
 MAX_BOUND_S = 4.0
 _FACTOR = 3.0
-_FIRST_USUAL_S = 0.3
-_HALF_LIFE_S = 20.0
-_MAX_COUNTED_S = 2 * TICK_S
+_FIRST_USUAL_S = 0.25
+_HALF_LIFE_S = 15.0
+_MAX_COUNTED_S = 1.5 * TICK_S
 
 
 class BeatWatch:
     """One shard, over all links to it that follow one another.
 
-    Only the time between ticks counts, and of that no more than two intervals each: while this
-    process itself was held up, the shard may have written what was not yet read.
+    Only the time between ticks counts, and of that no more than an interval and a half each: while
+    this process itself was held up, the shard may have written what was not yet read.
     """
 
     def __init__(self) -> None:

@@ -35,6 +35,17 @@ def expert_tokens(snapshot: FleetSnapshot) -> dict[Slot, int]:
     return total
 
 
+def imbalance_of(loads: Sequence[float]) -> float | None:
+    """The largest over the mean, of one layer's experts; None where there is no load."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else None
+
+
+def ready_replicas(workers: Iterable[WorkerRecord]) -> Counter[Slot]:
+    """How many ready workers hold each slot."""
+    return Counter(slot for worker in workers if worker.state == "ready" for slot in worker.slots)
+
+
 def layer_loads(
     tokens: Mapping[Slot, int],
     rates: Mapping[Slot, float] | None,
@@ -51,7 +62,7 @@ def layer_loads(
             LayerLoad(
                 tokens=counts,
                 share=[count / total if total else 0.0 for count in counts],
-                imbalance=max(counts) * num_experts / total if total else None,
+                imbalance=imbalance_of(counts),
                 tokens_per_second=None if rates is None else [rates.get(s, 0.0) for s in slots],
             )
         )
@@ -116,8 +127,7 @@ def _counts(snapshot: FleetSnapshot) -> dict[tuple[str, float], Mapping[Slot, in
 
 def missing_slots(workers: Iterable[WorkerRecord], wanted: Iterable[Slot]) -> list[Slot]:
     """Slots that no ready worker holds."""
-    held = {slot for worker in workers if worker.state == "ready" for slot in worker.slots}
-    return sorted(set(wanted) - held)
+    return sorted(set(wanted) - set(ready_replicas(workers)))
 
 
 def source_of(shards: Sequence[ShardRecord]) -> str:

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from services.core import telemetry
 from services.core.registry import FleetSnapshot, Slot
-from services.gateway.expert_load import expert_tokens
+from services.gateway.expert_load import expert_tokens, ready_replicas
 
 _WORKER_STATES = ("loading", "ready", "draining")
 
@@ -89,7 +89,5 @@ class _Shown:
 
 
 def _replicas(snapshot: FleetSnapshot, num_layers: int, num_experts: int) -> dict[Slot, int]:
-    held = Counter(
-        slot for worker in snapshot.workers if worker.state == "ready" for slot in worker.slots
-    )
+    held = ready_replicas(snapshot.workers)
     return {slot: held[slot] for slot in product(range(num_layers), range(num_experts))}

@@ -31,7 +31,7 @@ from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.errors import UnavailableError
 from services.core.kernels.choice import set_num_threads
 from services.core.model_config import ModelConfig
-from services.core.placement import WorkerSlots, plan_placement
+from services.core.placement import WorkerSlots, plan_placement, worker_threads
 from services.core.registry_json import format_ranges
 from services.core.settings import Settings, load_settings
 from services.core.static_registry import StaticRegistry, parse_endpoints
@@ -55,7 +55,7 @@ def measure_dispatch(num_cores: int, scratch: Path) -> dict[str, Any]:
     config = Checkpoint.open(str(folder)).config
     calls = []
     for num_workers in NUM_WORKERS:
-        threads = max(1, num_cores // num_workers)
+        threads = worker_threads(num_cores, num_workers)
         settings = load_settings(model=str(folder), device="cpu", num_threads=threads)
         with _running_workers(settings, config, num_workers) as endpoints:
             for num_tokens, seconds in zip(

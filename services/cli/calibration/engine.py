@@ -15,6 +15,7 @@ from router_service.shard import AttentionShard
 from services.cli.calibration.random_weights import random_config, write_checkpoint
 from services.cli.calibration.timing import time_s, typical_s
 from services.core.generation import GenerateRequest, SamplingParams
+from services.core.kernels.choice import set_num_threads
 from services.core.settings import load_settings
 
 WIDTH = (64, 64)
@@ -27,7 +28,7 @@ VOCAB_SIZE = 32000
 def measure_engine(num_cores: int, scratch: Path) -> dict[str, Any]:
     """Typical seconds of a decode step by number of sequences, and of sampling by rows."""
     torch.manual_seed(0)
-    torch.set_num_threads(num_cores)
+    set_num_threads(num_cores)
     sample_s = [_sample_s(rows) for rows in SAMPLED_ROWS]
     folder = scratch / "engine"
     write_checkpoint(folder, random_config(*WIDTH, num_layers=1))

@@ -28,6 +28,7 @@ from services.cli.calibration.random_weights import (
 )
 from services.cli.calibration.timing import time_s, typical_s
 from services.core.expert_ffn import Assignments, PackedExpert, moe_forward
+from services.core.kernels.choice import native_kernels_for, set_num_threads
 from services.core.packed_linear import PackedLinear
 from services.core.planning.calibration import thread_counts
 
@@ -46,6 +47,7 @@ CACHE_BYTES = 64 << 20
 """Read between two measurements, so that weights come from memory as they do in a step."""
 _CPU = torch.device("cpu")
 _DTYPE = torch.bfloat16
+_IS_NATIVE = native_kernels_for(_DTYPE, _CPU) is not None
 
 
 def measure_kernels(num_cores: int) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def measure_kernels(num_cores: int) -> dict[str, Any]:
     with torch.inference_mode():
         measured: dict[str, Any] = {"expert_rows": EXPERT_ROWS, "experts": {}, "local_s": {}}
         for threads in thread_counts(num_cores):
-            torch.set_num_threads(threads)
+            set_num_threads(threads, is_native=_IS_NATIVE)
             measured["experts"][threads] = [
                 {
                     "bytes": _expert_bytes(width),
@@ -139,7 +141,7 @@ def _measure_shard(num_cores: int) -> dict[str, Any]:
         "head": {},
     }
     for threads in (num_cores,):
-        torch.set_num_threads(threads)
+        set_num_threads(threads, is_native=_IS_NATIVE)
         measured["attention"][threads] = [
             {
                 "bytes": _attention_bytes(decoder),

@@ -16,7 +16,7 @@ from typing import Any
 
 from services.core.errors import ConfigurationError
 from services.core.model_config import ModelConfig
-from services.core.placement import plan_placement
+from services.core.placement import plan_placement, worker_threads
 from services.core.planning.gpus import Gpu
 from services.core.planning.kernels import MeasuredKernel
 from services.core.planning.machine import HostCosts, Machine, Network
@@ -41,11 +41,10 @@ class Calibration:
     costs: HostCosts
 
     def machine_for(self, num_workers: int) -> Machine:
-        """This machine with so many workers, each with its fair share of the cores, beside a shard
-        that has all of them while they wait for it; 0: experts in the shard's process."""
-        worker_threads = max(1, self.num_cores // max(1, num_workers))
+        """This machine with so many workers, with threads as the launcher gives them, beside a
+        shard that has all cores while they wait for it; 0: experts in the shard's process."""
         return Machine(
-            experts=_at(self.experts, worker_threads),
+            experts=_at(self.experts, worker_threads(self.num_cores, num_workers)),
             experts_together=_at(self.experts, self.num_cores),
             attention=_at(self.attention, self.num_cores),
             head=_at(self.head, self.num_cores),

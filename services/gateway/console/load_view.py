@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from services.core.model_config import ModelConfig
@@ -10,7 +9,7 @@ from services.core.registry import Slot
 from services.gateway.console.contract import HotExpert, LayerView, LoadView
 from services.gateway.console.fleet_state import FleetState
 from services.gateway.console.windows import summed
-from services.gateway.expert_load import expert_tokens, source_of
+from services.gateway.expert_load import expert_tokens, imbalance_of, ready_replicas, source_of
 
 _NUM_HOTTEST = 8
 _Rates = Mapping[Slot, float]
@@ -58,11 +57,7 @@ def _replicas(fleet: FleetState, num_layers: int, num_experts: int) -> Mapping[S
     if not workers:
         num_shards = len(fleet.snapshot.shards)
         return {(layer, e): num_shards for layer in range(num_layers) for e in range(num_experts)}
-    held = Counter[Slot]()
-    for sighting in workers:
-        if sighting.record.state == "ready" and not sighting.is_lost:
-            held.update(sighting.record.slots)
-    return held
+    return ready_replicas(each.record for each in workers if not each.is_lost)
 
 
 def _layer_rates(rates: _Rates | None, slots: list[Slot]) -> list[float] | None:
@@ -70,9 +65,8 @@ def _layer_rates(rates: _Rates | None, slots: list[Slot]) -> list[float] | None:
 
 
 def _imbalance(rates: _Rates | None, slots: list[Slot]) -> float | None:
-    of_layer = [rates.get(slot, 0.0) for slot in slots] if rates is not None else []
-    total = sum(of_layer)
-    return round(max(of_layer) * len(of_layer) / total, 3) if total else None
+    imbalance = imbalance_of([rates.get(slot, 0.0) for slot in slots]) if rates else None
+    return None if imbalance is None else round(imbalance, 3)
 
 
 def _hottest(now: _Rates, replicas: Mapping[Slot, int]) -> list[HotExpert]:

@@ -9,11 +9,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.bound import Ceilings
 from benchmarks.plot import plot
 from benchmarks.report import ModelReport, figures, markdown
-from benchmarks.rounds import Rounds, workloads
+from benchmarks.rounds import Rounds, Samples, workloads
 from benchmarks.side_process import SideFailedError, SideProcess
 from benchmarks.sides import SideSpec
+from benchmarks.targets import BOUND
 from services.core.model_config import ModelConfig, load_model_config
 from tests.support.waiting import wait_until
 
@@ -30,7 +32,9 @@ def run(job):
     if jobs == fails_at:
         raise RuntimeError("out of luck")
     if not job:
-        return {"read_bytes_per_s": 1e9, "flop_per_s": 1e10}
+        # Faster and slower in turn, by as much as `speed` says.
+        factor = 1 + (speed - 1) * (-1) ** jobs
+        return {"read_bytes_per_s": factor * 1e9, "flop_per_s": factor * 1e10}
     times = [[(1 + step) / speed for step in range(job["max_tokens"])] for _ in job["prompts"]]
     tokens = [[prompt[0]] * job["max_tokens"] for prompt in job["prompts"]]
     return result_of(0.0, times, tokens, {"attention": 2.0, "experts": 3.0})
@@ -83,6 +87,19 @@ def test_rounds_measure_rates_ratios_and_the_split_of_a_step(start: StartFake) -
     assert samples.ratio("decode 1", "inprocess", "vllm") == pytest.approx(2.0)
     assert samples.timings["decode 4"]["vllm"] == [{"attention": 2.0, "experts": 3.0}] * 2
     assert samples.agreement["vllm"].prefix_share == 1.0
+    ceilings = Ceilings(read_bytes_per_s=1e9, flop_per_s=1e10)
+    assert samples.ceilings["decode 4"] == [ceilings] * 2
+
+
+def test_a_round_is_held_against_the_ceilings_of_its_own_moment(start: StartFake) -> None:
+    run = rounds([start("inprocess", 20.0, is_ours=True)], start("probe", 1.5))
+    samples = run.run(2)
+    report = report_of(run, samples)
+
+    # Measured before and after, of which one is 1.5 and the other 0.5 times 1e9.
+    assert samples.ceilings["decode 4"] == [Ceilings(read_bytes_per_s=1e9, flop_per_s=1e10)] * 2
+    bound = report.bounds()["decode 4"]
+    assert report.ratio("decode 4", "inprocess", BOUND) == pytest.approx(80.0 / bound)
 
 
 def test_a_peer_that_fails_is_left_out_and_named(start: StartFake) -> None:
@@ -116,20 +133,12 @@ def test_a_side_that_is_stopped_between_jobs_answers_and_ends(start: StartFake) 
 def test_the_report_holds_every_side_and_every_target(start: StartFake) -> None:
     sides = [start("inprocess", 20.0, is_ours=True), start("vllm", 10.0)]
     run = rounds(sides, start("probe", 1.0))
-    report = ModelReport(
-        name="demo",
-        config=demo_config(),
-        workloads=run.workloads,
-        num_rounds=1,
-        samples=run.run(1),
-        versions={side.name: side.versions for side in sides},
-        skipped={"llamacpp-bf16": "not installed"},
-    )
+    report = report_of(run, run.run(1))
 
     text = markdown("a machine", "today", "a command", [report])
     assert "| vllm | 5120 (5120 to 5120) | 10.0 (10.0 to 10.0) |" in text
     assert "in process / vLLM | **2.00** of 0.8, met | **2.00** of 1, met |" in text
-    assert "over gRPC, 4 workers / transformers |  | not run |" in text
+    assert "4 workers / transformers |  | not run |" in text
     assert "- not measured: llamacpp-bf16: not installed" in text
     assert "vllm: fake 1.0" in text
     written = figures("a machine", "today", [report])["models"]["demo"]
@@ -140,6 +149,18 @@ def test_the_report_holds_every_side_and_every_target(start: StartFake) -> None:
     assert "vllm" in drawn
     assert "attention" in drawn
     assert "bound" in drawn
+
+
+def report_of(run: Rounds, samples: Samples) -> ModelReport:
+    return ModelReport(
+        name="demo",
+        config=demo_config(),
+        workloads=run.workloads,
+        num_rounds=1,
+        samples=samples,
+        versions={side.name: side.versions for side in run.sides},
+        skipped={"llamacpp-bf16": "not installed"},
+    )
 
 
 def demo_config() -> ModelConfig:

@@ -6,11 +6,19 @@ from services.cli.hardware import Hardware
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "num_workers", "expected"), [(2, 4, 1), (16, 4, 4), (8, 3, 2), (1, 8, 1)]
+    ("num_cores", "num_workers", "expected"),
+    [(2, 4, 2), (2, 2, 2), (2, 1, 2), (16, 4, 8), (8, 3, 4), (1, 8, 1)],
 )
-def test_workers_share_the_cores(num_cores: int, num_workers: int, expected: int) -> None:
+def test_workers_have_twice_their_share_of_the_cores(
+    num_cores: int, num_workers: int, expected: int
+) -> None:
     hardware = Hardware(num_cores=num_cores, num_gpus=0)
     assert hardware.worker_threads(num_workers) == expected
+
+
+def test_without_native_kernels_workers_share_the_cores() -> None:
+    hardware = Hardware(num_cores=8, num_gpus=0, has_native_kernels=False)
+    assert [hardware.worker_threads(num_workers) for num_workers in (1, 3, 16)] == [8, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     assert read_calibration(path) == CALIBRATION
 
 
-def test_workers_get_kernels_of_their_share_of_the_cores() -> None:
+def test_workers_get_kernels_of_the_threads_that_the_launcher_gives_them() -> None:
     in_process, one, two, four = (CALIBRATION.machine_for(count) for count in (0, 1, 2, 4))
-    assert in_process.experts == one.experts == kernel(5e-11)
-    assert two.experts == four.experts == kernel(1e-10)  # two threads were not measured
+    assert in_process.experts == one.experts == two.experts == kernel(5e-11)
+    assert four.experts == kernel(1e-10)  # two threads were not measured
     assert two.experts_together == kernel(5e-11)
     assert in_process.attention == two.attention == kernel(1e-10)
 
