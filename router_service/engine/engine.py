@@ -359,7 +359,7 @@ class Engine:
                 span.set_attribute(telemetry.ATTR_NUM_MICRO_BATCHES, timings.num_micro_batches)
         finally:
             if span is not None:
-                span.end()
+                self._step_sampler.end(span)
         self._num_steps += 1
         self._num_micro_batches = timings.num_micro_batches
         if self._metrics is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from opentelemetry.trace import Link, Span, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
+from router_service.engine.sampling_budget import SamplingBudget
 from router_service.experts import MissingExperts, Resend
 from router_service.scheduling.sequence import Sequence as TokenSequence
 from router_service.scheduling.step_plan import ScheduledSequence
@@ -21,9 +22,6 @@ from services.core.generation import GenerateRequest
 from services.core.tracing import extract_context, record_span, span_carrier, span_context
 
 PHASE_QUEUE, PHASE_PREFILL, PHASE_DECODE = "queue", "prefill", "decode"
-
-_BURST = 8
-"""Steps that may be sampled one after the other where few were before."""
 
 PhaseObserver = Callable[[str, float, Span], None]
 """Told of a phase that is over, its seconds, and the request's span."""
@@ -165,16 +163,18 @@ class StepSampler:
     """Decides which steps get a span, and makes it.
 
     Sampled are every `interval`-th step, and for each traced request one step with a prefill chunk
-    and one with a decode, as early as may be. A sampled step takes nearly twice as long as another
-    when it has a single row, so in the long run one step in `interval` is sampled and no more,
-    after a first `_BURST`; prefills and decodes then take turns.
+    and one with a decode, as early as may be. A `SamplingBudget` bounds what that costs; where it
+    is scarce prefills and decodes take turns.
     """
 
-    def __init__(self, tracer: Tracer, *, interval: int) -> None:
+    def __init__(
+        self, tracer: Tracer, *, interval: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._tracer = tracer
         self._interval = interval
-        self._budget = float(_BURST)
-        self._last_step = 0
+        self._clock = clock
+        self._budget = SamplingBudget(clock())
+        self._began_at = 0.0
         self._was_prefill = False
         """Of the two kinds, that which was sampled last."""
 
@@ -184,7 +184,7 @@ class StepSampler:
         entries: Sequence[ScheduledSequence],
         trace_of: Callable[[TokenSequence], RequestTrace],
     ) -> Span | None:
-        """The span of this step, or None. The caller ends it."""
+        """The span of this step, which is to be `end`ed, or None."""
         traced = [
             (trace, entry.is_prefill)
             for entry in entries
@@ -195,6 +195,7 @@ class StepSampler:
         parent = self._pick(step, traced)
         if parent is None:
             return None
+        self._began_at = self._clock()
         others = {id(trace): trace for trace, _ in traced if trace is not parent}
         num_tokens = sum(entry.num_tokens for entry in entries)
         num_decode_tokens = sum(1 for entry in entries if not entry.is_prefill)
@@ -211,17 +212,18 @@ class StepSampler:
             },
         )
 
+    def end(self, span: Span) -> None:
+        """The step of this span is over."""
+        span.end()
+        self._budget.spend(self._clock() - self._began_at)
+
     def _pick(self, step: int, traced: Sequence[tuple[RequestTrace, bool]]) -> RequestTrace | None:
-        earned = (step - self._last_step) / self._interval
-        self._budget = min(float(_BURST), self._budget + earned)
-        self._last_step = step
-        if self._budget < 1:
+        self._budget.earn(self._clock())
+        if self._budget.is_spent:
             return None
         picked = self._first_of_its_kind(traced)
-        if picked is None and step % self._interval == 0 and self._budget >= 2:
+        if picked is None and step % self._interval == 0 and not self._budget.is_scarce:
             picked = traced[step // self._interval % len(traced)][0]
-        if picked is not None:
-            self._budget -= 1
         return picked
 
     def _first_of_its_kind(
@@ -229,7 +231,7 @@ class StepSampler:
     ) -> RequestTrace | None:
         """A request that has no sampled step yet of the kind that it has now."""
         for trace, is_prefill in traced:
-            if is_prefill == self._was_prefill and self._budget < 2:
+            if is_prefill == self._was_prefill and self._budget.is_scarce:
                 continue
             if is_prefill and not trace.prefill_sampled:
                 trace.prefill_sampled = self._was_prefill = True

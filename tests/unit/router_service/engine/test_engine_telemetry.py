@@ -121,28 +121,6 @@ async def test_a_sampled_step_links_to_the_other_requests_in_it() -> None:
         assert linked | {_parent_id(step)} == requests
 
 
-async def test_a_rush_of_traced_requests_does_not_sample_every_step() -> None:
-    async with _Traced(step_sample_interval=64) as traced:
-        for i in range(40):
-            await traced.complete([i], 2)
-        num_steps = traced.engine.stats().num_steps
-    assert num_steps == 80
-    assert 8 <= len(traced.traced_steps) <= 8 + num_steps / 64
-
-
-async def test_under_a_lasting_load_prefills_and_decodes_are_sampled_in_turn() -> None:
-    async with _Traced(step_sample_interval=8) as traced:
-        for i in range(80):
-            await traced.complete([i], 4)
-        num_steps = traced.engine.stats().num_steps
-    assert len(traced.traced_steps) <= 8 + num_steps / 8
-    late = [
-        (step.attributes or {}).get(telemetry.ATTR_NUM_PREFILL_TOKENS) != 0
-        for step in traced.spans(telemetry.SPAN_STEP)[10:]
-    ]
-    assert late == [late[0] if number % 2 == 0 else not late[0] for number in range(len(late))]
-
-
 async def test_a_request_that_is_not_sampled_makes_no_span_and_no_sampled_step() -> None:
     unsampled = TracerProvider(sampler=ALWAYS_OFF).get_tracer("test").start_span("root")
     async with _Traced(step_sample_interval=1) as traced:
