@@ -162,15 +162,14 @@ class _Connection:
                 asyncio.create_task(self._forward(self._client[0], server[1])),
                 asyncio.create_task(self._forward(server[0], self._client[1])),
             ]
-            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled():
-                    task.exception()  # an end that broke, which the other is now told
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         except OSError:
             pass  # the target is not there: the client sees its connection reset
         finally:
             self.reset()
             route.connections.discard(self)
+            # An end that broke told the other by the reset; nobody else wants to know.
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def reset(self) -> None:
         for task in self._tasks:
