@@ -13,7 +13,11 @@
 namespace expertfleet {
 namespace {
 
+// For so long an idle helper keeps its core to itself, and for so long it then gives way to whoever
+// wants it before it sleeps. A core that fell asleep between two layers comes back late, and on a
+// shared host often beside the other one's thread, with half of its bandwidth.
 constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kLinger = std::chrono::milliseconds(2);
 constexpr int kChunkBits = 20;
 constexpr uint64_t kChunkMask = (uint64_t{1} << kChunkBits) - 1;
 
@@ -82,10 +86,15 @@ class Pool {
   void serve(int number) {
     uint32_t seen = epoch_.load();
     for (;;) {
-      const auto until = std::chrono::steady_clock::now() + kSpin;
+      const auto idle_since = std::chrono::steady_clock::now();
       while (epoch_.load(std::memory_order_acquire) == seen) {
         for (int i = 0; i < 32; ++i) pause();
-        if (std::chrono::steady_clock::now() < until) continue;
+        const auto idle = std::chrono::steady_clock::now() - idle_since;
+        if (idle < kSpin) continue;
+        if (idle < kLinger) {
+          std::this_thread::yield();
+          continue;
+        }
         sleepers_.fetch_add(1);
         epoch_.wait(seen);
         sleepers_.fetch_sub(1);
