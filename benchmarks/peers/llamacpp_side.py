@@ -54,21 +54,24 @@ def main() -> None:
     versions = {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
     llama_cpp.llama_backend_init()
     with _rpc_servers(arguments) as endpoints:
-        for endpoint in endpoints:
-            _add_device(endpoint)
-        model = LlamaModel(arguments.gguf, cores, offload_to=len(endpoints))
+        devices = [_device_of(endpoint) for endpoint in endpoints]
+        model = LlamaModel(arguments.gguf, cores, offload_to=devices)
         serve_jobs(model.run, results, versions)
 
 
 class LlamaModel:
     """Greedy decoding of up to `MAX_SEQUENCES` prompts together, one token of each a call."""
 
-    def __init__(self, gguf: Path, num_threads: int, *, offload_to: int) -> None:
+    def __init__(self, gguf: Path, num_threads: int, *, offload_to: Sequence[int]) -> None:
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 999 if offload_to else 0
         if offload_to:
-            self._split = (ctypes.c_float * llama_cpp.llama_max_devices())(*[1.0] * offload_to)
+            even = [1.0] * len(offload_to)
+            self._split = (ctypes.c_float * llama_cpp.llama_max_devices())(*even)
             model_params.tensor_split = self._split
+            # Named, as devices that are registered late are not used by themselves.
+            self._devices = (ctypes.c_void_p * (len(offload_to) + 1))(*offload_to, None)
+            model_params.devices = ctypes.addressof(self._devices)
         self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), model_params)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {gguf}")
@@ -171,13 +174,17 @@ def _serve_rpc(port: int, num_threads: int) -> None:
     rpc.ggml_backend_rpc_start_server(f"127.0.0.1:{port}".encode(), None, num_threads, 1, devices)
 
 
-def _add_device(endpoint: str) -> None:
-    """Make a server's device known; the model's layers are then offloaded to it."""
+def _device_of(endpoint: str) -> int:
+    """A server's device, made known."""
     ggml, rpc = _library("ggml"), _library("ggml-rpc")
     rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
     rpc.ggml_backend_rpc_add_server.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_register(rpc.ggml_backend_rpc_add_server(endpoint.encode()))
+    registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+    ggml.ggml_backend_register(registry)
+    ggml.ggml_backend_reg_dev_get.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    ggml.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
+    return int(ggml.ggml_backend_reg_dev_get(registry, 0))
 
 
 def _library(name: str) -> Any:
