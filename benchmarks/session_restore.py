@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
-from benchmarks.side_process import SideFailedError, SideProcess
+from benchmarks.side_process import SideFailedError, SideProcess, running_sides
 from benchmarks.sides import Places, SideSpec
 from services.core.model_config import load_model_config
 from services.core.store_server import start_server
@@ -130,7 +130,7 @@ def _engines(model: Path, workers: int) -> Iterator[tuple[SideProcess, SideProce
         command = [sys.executable, "-m", "benchmarks.side"]
         command += ["workers" if workers else "inprocess", str(model)]
         command += ["--workers", str(workers)] if workers else []
-        sides = []
+        specs = []
         for name in ("first", "second"):
             environment = {
                 "REDIS_URL": store.url,
@@ -140,11 +140,9 @@ def _engines(model: Path, workers: int) -> Iterator[tuple[SideProcess, SideProce
             spec = SideSpec(
                 name=name, command=tuple(command), environment=environment, is_ours=True
             )
-            side = SideProcess(spec, folder / f"{name}.log")
-            stack.callback(side.close)
-            side.wait_ready()
-            sides.append(side)
-        yield sides[0], sides[1]
+            specs.append(spec)
+        first, second = stack.enter_context(running_sides(specs, folder))
+        yield first, second
 
 
 def _parser() -> argparse.ArgumentParser:

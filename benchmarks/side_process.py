@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +112,16 @@ class SideProcess:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+@contextlib.contextmanager
+def running_sides(specs: Sequence[SideSpec], logs: Path) -> Iterator[list[SideProcess]]:
+    """All of them, loaded one after the other and idle; closed at the end."""
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for spec in specs:
+            side = SideProcess(spec, logs / f"{spec.name}.log")
+            stack.callback(side.close)
+            side.wait_ready()
+            sides.append(side)
+        yield sides

@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.rounds import Rounds, Samples, workloads
-from benchmarks.side_process import SideProcess
+from benchmarks.side_process import SideProcess, running_sides
 from benchmarks.sides import Places, SideSpec
 from benchmarks.targets import verdict
 from services.core.model_config import load_model_config
@@ -146,7 +146,7 @@ def _sides(model: Path) -> Iterator[list[SideProcess]]:
             CHECKPOINTS: untraced | stored,
             EVERYTHING: traced | stored,
         }
-        sides = []
+        specs = []
         for name, environment in environments.items():
             command = [sys.executable, "-m", "benchmarks.side", "workers", str(model)]
             command += ["--workers", str(NUM_WORKERS)]
@@ -160,11 +160,8 @@ def _sides(model: Path) -> Iterator[list[SideProcess]]:
                 is_ours=True,
                 exactly_as=PLAIN,
             )
-            side = SideProcess(spec, folder / f"{name}.log")
-            stack.callback(side.close)
-            side.wait_ready()
-            sides.append(side)
-        yield sides
+            specs.append(spec)
+        yield stack.enter_context(running_sides(specs, folder))
 
 
 def _parser() -> argparse.ArgumentParser:
