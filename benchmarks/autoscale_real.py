@@ -56,6 +56,7 @@ def run_real(
 ) -> str:
     """Run both fleets through one day, `share_of_peak` given in days; writes the report to `out`
     and returns it."""
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_hot_checkpoint(folder / "model")

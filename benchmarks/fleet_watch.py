@@ -8,6 +8,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import psutil
+
+from benchmarks.machine import busy_seconds
 from services.cli.load.client import LoadClient, RequestRecord
 from services.core.errors import UnavailableError
 from services.core.redis_registry import RedisRegistry
@@ -18,16 +21,18 @@ POLL_S = 0.1
 
 @dataclass(slots=True, kw_only=True)
 class FleetWatch:
-    """Snapshots as they were seen, by `time.perf_counter`."""
+    """Snapshots, and the cores' busy seconds, as they were seen, by `time.perf_counter`."""
 
     registry: RedisRegistry
     seen: list[tuple[float, FleetSnapshot]] = field(default_factory=list)
+    busy: list[tuple[float, float]] = field(default_factory=list)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             try:
                 self.seen.append((time.perf_counter(), await self.registry.snapshot()))
+                self.busy.append((time.perf_counter(), busy_seconds()))
             except UnavailableError:
                 return
             await asyncio.sleep(POLL_S)
@@ -39,6 +44,12 @@ class FleetWatch:
             max(0.0, min(until, end) - max(at, begin)) * len(snapshot.workers)
             for (at, snapshot), until in zip(self.seen, times[1:], strict=True)
         )
+
+    def busy_share(self, begin: float, end: float) -> float:
+        """Of the machine's cores between, by whatever; 0 to 1."""
+        within = [(at, seconds) for at, seconds in self.busy if begin <= at < end]
+        (first_at, first), (last_at, last) = within[0], within[-1]
+        return (last - first) / ((last_at - first_at) * (psutil.cpu_count() or 1))
 
     def num_workers(self, begin: float, end: float) -> tuple[int, int]:
         """Fewest and most workers between."""

@@ -81,6 +81,8 @@ class Phase:
     tokens_per_s: float
     p99_gap_ms: float
     hot_share: float
+    busy_share: float
+    """Of the machine's cores."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Run:
             tokens_per_s=self.load.computed_per_s(begin, end),
             p99_gap_ms=self.load.p99_gap_ms(begin, end),
             hot_share=_hot_share(self.watch, begin, end),
+            busy_share=self.watch.busy_share(begin, end),
         )
 
 
@@ -170,8 +173,8 @@ def report(name: str, asked: Load, drawing: str, fixed: Run, scaled: Run) -> str
         "",
         f"![tokens per second over time]({drawing})",
         "",
-        "| phase | tokens/s | p99 between tokens, ms | tokens on the hot expert |",
-        "|---|---|---|---|",
+        "| phase | tokens/s | p99 between tokens, ms | tokens on the hot expert | cores busy |",
+        "|---|---|---|---|---|",
     ]
     fixed_hot = fixed.phase("fixed fleet, hot", fixed.onset + SETTLE_S, fixed.hot_end)
     phases = [
@@ -185,14 +188,16 @@ def report(name: str, asked: Load, drawing: str, fixed: Run, scaled: Run) -> str
             scaled.phase("autoscaled, hot, with the replica", ends + SETTLE_S, scaled.hot_end)
         )
     lines += [
-        f"| {one.name} | {one.tokens_per_s:.0f} | {one.p99_gap_ms:.0f} | {one.hot_share:.0%} |"
+        f"| {one.name} | {one.tokens_per_s:.0f} | {one.p99_gap_ms:.0f} | {one.hot_share:.0%} "
+        f"| {one.busy_share:.0%} |"
         for one in phases
     ]
     gain = f"{phases[-1].tokens_per_s / fixed_hot.tokens_per_s:.2f}" if ends else "no replica"
     lines += [
         "",
         f"- From the onset to a replica in every layer: {_seconds(scaled.onset, ends)}",
-        f"- Throughput with the replicas over the fixed fleet's: {gain}",
+        f"- Throughput with the replicas over the fixed fleet's: {gain}. With all of the time that "
+        f"its cores were idle it would be {1 / fixed_hot.busy_share:.2f}",
         f"- Failed requests: {fixed.load.num_failed + scaled.load.num_failed} of "
         f"{len(fixed.load.records) + len(scaled.load.records)}",
         "- From the end of the hot load until all replicas were given back: "

@@ -31,11 +31,11 @@ class ForeignLoad:
 
     def __init__(self, own_pids: Sequence[int]) -> None:
         self._own_pids = own_pids
-        self._start = (time.monotonic(), _busy_s(), self._own_s())
+        self._start = (time.monotonic(), busy_seconds(), self._own_s())
 
     def stop(self) -> float:
         """Foreign CPU seconds per core second since construction, 0 to 1."""
-        now = (time.monotonic(), _busy_s(), self._own_s())
+        now = (time.monotonic(), busy_seconds(), self._own_s())
         wall, busy, own = (after - before for after, before in zip(now, self._start, strict=True))
         cores = psutil.cpu_count() or 1
         return max(0.0, busy - own) / (wall * cores)
@@ -56,7 +56,8 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return total
 
 
-def _busy_s() -> float:
+def busy_seconds() -> float:
+    """Of all cores since the machine started, without what the host took."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - getattr(times, "steal", 0.0))
 

@@ -90,7 +90,8 @@ class DispatchService:
     def __init__(self, *, max_frame_bytes: int, stats: WorkerStats, spans: FrameSpans) -> None:
         self._max_frame_bytes = max_frame_bytes
         self._stats = stats
-        self._spans = spans
+        self.spans = spans
+        """Told of every frame that was computed."""
         self._accepted = ByteBudget(MAX_FRAMES_IN_HAND * max_frame_bytes)
         self._streams: set[_Stream] = set()
         self._experts: HeldExperts | None = None
@@ -256,7 +257,7 @@ class DispatchService:
         for outcome in outcomes:
             if not isinstance(outcome.result, ExpertfleetError):
                 self._stats.record_computed(outcome)
-                self._spans.record(outcome)
+                self.spans.record_computed(outcome)
 
     def _error_frame(self, call_id: int, error: ExpertfleetError) -> bytes:
         status = next(

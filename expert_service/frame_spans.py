@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 from opentelemetry.trace import Tracer
 
@@ -17,7 +17,7 @@ from services.core.telemetry import (
     ATTR_WORKER_ID,
     SPAN_EXPERT,
 )
-from services.core.tracing import extract_context, record_span
+from services.core.tracing import extract_context, record_span, unix_ns
 
 
 class FrameSpans:
@@ -27,24 +27,48 @@ class FrameSpans:
         self._tracer = tracer
         self._worker_id = worker_id
 
-    def record(self, outcome: Outcome) -> None:
+    def record_computed(self, outcome: Outcome) -> None:
         frame = outcome.job.frame
-        if not frame.traceparent:
+        self.record_frame(
+            frame.traceparent,
+            layer=frame.layer,
+            num_tokens=frame.hidden_states.shape[0],
+            expert_ids=frame.assignments.expert_ids,
+            rows_per_expert=frame.assignments.rows_per_expert,
+            arrived_ns=outcome.job.arrived_ns,
+            queue_us=outcome.queue_us,
+            compute_us=outcome.compute_us,
+        )
+
+    def record_frame(
+        self,
+        traceparent: str,
+        *,
+        layer: int,
+        num_tokens: int,
+        expert_ids: Sequence[int],
+        rows_per_expert: Sequence[int],
+        arrived_ns: int,
+        queue_us: int,
+        compute_us: int,
+    ) -> None:
+        """`arrived_ns` is of `time.perf_counter_ns`. Nothing where `traceparent` is empty."""
+        if not traceparent:
             return
-        start_ns = time.time_ns() - (time.perf_counter_ns() - outcome.job.arrived_ns)
+        start_ns = unix_ns(arrived_ns)
         record_span(
             self._tracer,
             SPAN_EXPERT,
-            parent=extract_context({"traceparent": frame.traceparent}),
+            parent=extract_context({"traceparent": traceparent}),
             start_ns=start_ns,
-            end_ns=start_ns + 1000 * (outcome.queue_us + outcome.compute_us),
+            end_ns=start_ns + 1000 * (queue_us + compute_us),
             attributes={
                 ATTR_WORKER_ID: self._worker_id,
-                ATTR_LAYER: frame.layer,
-                ATTR_NUM_TOKENS: frame.hidden_states.shape[0],
-                ATTR_EXPERT_IDS: frame.assignments.expert_ids,
-                ATTR_TOKENS_PER_EXPERT: frame.assignments.rows_per_expert,
-                ATTR_QUEUE_MS: outcome.queue_us / 1000,
-                ATTR_COMPUTE_MS: outcome.compute_us / 1000,
+                ATTR_LAYER: layer,
+                ATTR_NUM_TOKENS: num_tokens,
+                ATTR_EXPERT_IDS: expert_ids,
+                ATTR_TOKENS_PER_EXPERT: rows_per_expert,
+                ATTR_QUEUE_MS: queue_us / 1000,
+                ATTR_COMPUTE_MS: compute_us / 1000,
             },
         )

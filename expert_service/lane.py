@@ -26,8 +26,8 @@ class WorkerLane:
     """Serves lanes beside the Dispatch call of `dispatch`, which it is the `Lane` of.
 
     Frames that are plain and good are computed by the native server's own thread; `dispatch`
-    answers all others, so that statuses, texts and spans come from one place. What was computed
-    natively is counted in `stats` every `_RECORD_EVERY_S`, and before `stats` is read.
+    answers all others, so that statuses and texts come from one place. What was computed natively
+    is counted in `stats`, and given its spans, every `_RECORD_EVERY_S` and before `stats` is read.
     """
 
     def __init__(
@@ -142,6 +142,17 @@ class WorkerLane:
                 queue_us=computed.queue_us,
                 compute_us=computed.compute_us,
                 batch_rows=computed.batch_rows,
+                traceparent=computed.traceparent,
+            )
+            self._dispatch.spans.record_frame(
+                computed.traceparent,
+                layer=computed.layer,
+                num_tokens=computed.num_tokens,
+                expert_ids=computed.expert_ids,
+                rows_per_expert=computed.rows_per_expert,
+                arrived_ns=computed.arrived_ns,
+                queue_us=computed.queue_us,
+                compute_us=computed.compute_us,
             )
 
     def is_connected(self, connection: int) -> bool:

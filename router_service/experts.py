@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from opentelemetry.trace import Span
 
 from services.core.errors import ExpertUnavailableError
+from services.core.tracing import span_context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class StepContext:
     """What travels with one micro-batch of one step through the layers.
 
     `micro_batch` picks the stream to each worker; `num_micro_batches` are in flight.
-    `trace_context` is the W3C carrier of the step's span when this step is sampled, else empty.
+    `trace` is there when this step is sampled.
     With `incidents`, rows whose experts are away for longer than a moment are left behind and
     noted there; without, the call waits.
     """
@@ -26,12 +28,35 @@ class StepContext:
     step: int = 0
     micro_batch: int = 0
     num_micro_batches: int = 1
-    trace_context: Mapping[str, str] = field(default_factory=dict)
+    trace: StepTrace | None = None
     incidents: StepIncidents | None = None
 
+
+class StepTrace:
+    """The span of a sampled step, and what is to be recorded under it."""
+
+    __slots__ = ("_late", "parent", "span")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.parent = span_context(span)
+        """The context of spans under it."""
+        self._late: list[Callable[[], object]] = []
+
     @property
-    def is_traced(self) -> bool:
-        return bool(self.trace_context)
+    def trace_id(self) -> int:
+        return self.span.get_span_context().trace_id
+
+    def later(self, record: Callable[[], object]) -> None:
+        """Call `record` when the step's tokens are out: a span made between two layers would hold
+        them up."""
+        self._late.append(record)
+
+    def end(self, end_ns: int) -> None:
+        """Record it all; the step ended at `end_ns`, Unix time."""
+        for record in self._late:
+            record()
+        self.span.end(end_time=end_ns)
 
 
 class Resend(NamedTuple):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from opentelemetry.trace import NoOpTracer, Span, StatusCode, Tracer
+from opentelemetry.util.types import AttributeValue
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router_service.dispatch.dispatch_plan import GatedTokens, PlannedFrame
 from router_service.dispatch.replica_chooser import WorkerFigures
-from router_service.experts import StepContext
+from router_service.experts import StepContext, StepTrace
 from services.core.deferred_observations import DeferredObservations
+from services.core.lane.client import RoundTrip
 from services.core.metrics import CALL_BUCKETS_S
 from services.core.telemetry import (
     ATTR_COMPUTE_MS,
@@ -39,7 +42,15 @@ from services.core.telemetry import (
     SPAN_DISPATCH,
     SPAN_LAYER,
 )
-from services.core.tracing import extract_context, span_carrier, span_context
+from services.core.tracing import (
+    chosen_span_id,
+    new_span_id,
+    record_span,
+    span_carrier,
+    span_context,
+    traceparent_of,
+    unix_ns,
+)
 from services.core.wire import ResponseFrame
 
 
@@ -95,9 +106,15 @@ class DispatchTelemetry:
         self._registry.register(_WorkerCollector(figures, count_refused))
 
     def layer_span(
-        self, layer: int, gated: GatedTokens, context: StepContext
+        self,
+        layer: int,
+        gated: GatedTokens,
+        context: StepContext,
+        names: RoundNames | None = None,
     ) -> AbstractContextManager[Span | None]:
-        return layer_span(self._tracer, layer, gated, context)
+        """See `layer_span`. With `names` of a round that did not become whole, it is the one that
+        its frames name."""
+        return layer_span(self._tracer, layer, gated, context, names)
 
     def start_dispatch(
         self,
@@ -106,22 +123,58 @@ class DispatchTelemetry:
         layer: int,
         worker_id: str,
         frame: PlannedFrame,
-        num_retries: int,
+        num_retries: int = 0,
+        span_id: int | None = None,
+        start_ns: int | None = None,
     ) -> DispatchSpan:
-        """The span of one frame under its layer's."""
-        span = self._tracer.start_span(
-            SPAN_DISPATCH,
-            context=span_context(parent),
-            attributes={
-                ATTR_LAYER: layer,
-                ATTR_WORKER_ID: worker_id,
-                ATTR_NUM_TOKENS: len(frame.token_ids),
-                ATTR_EXPERT_IDS: frame.expert_ids,
-                ATTR_TOKENS_PER_EXPERT: frame.rows_per_expert,
-                ATTR_NUM_RETRIES: num_retries,
-            },
-        )
+        """The span of one frame under its layer's; of one that is on its way already, with its id
+        and since when (Unix time)."""
+        with chosen_span_id(span_id):
+            span = self._tracer.start_span(
+                SPAN_DISPATCH,
+                context=span_context(parent),
+                attributes=_dispatch_attributes(layer, worker_id, frame, num_retries),
+                start_time=start_ns,
+            )
         return DispatchSpan(span)
+
+    def record_round(
+        self,
+        names: RoundNames,
+        *,
+        layer: int,
+        gated: GatedTokens,
+        frames: Mapping[int, PlannedFrame],
+        trips: Sequence[RoundTrip],
+        worker_ids: Sequence[str],
+        ended_ns: int,
+    ) -> None:
+        """The spans of a whole round: the layer's, and one for the frame of each worker, whose
+        numbers `frames` and `trips` have. `ended_ns` is of `time.perf_counter_ns`."""
+        span = record_span(
+            self._tracer,
+            SPAN_LAYER,
+            parent=names.step.parent,
+            start_ns=unix_ns(names.started_ns),
+            end_ns=unix_ns(ended_ns),
+            attributes=_layer_attributes(layer, gated),
+            span_id=names.layer_id,
+        )
+        parent = span_context(span)
+        for trip in trips:
+            record_span(
+                self._tracer,
+                SPAN_DISPATCH,
+                parent=parent,
+                start_ns=unix_ns(trip.sent_ns),
+                end_ns=unix_ns(trip.received_ns),
+                attributes={
+                    **_dispatch_attributes(layer, worker_ids[trip.worker], frames[trip.worker]),
+                    ATTR_QUEUE_MS: trip.queue_us / 1000,
+                    ATTR_COMPUTE_MS: trip.compute_us / 1000,
+                },
+                span_id=names.frame_ids[trip.worker],
+            )
 
     def observe(self, worker_id: str, seconds: float) -> None:
         """A frame of that worker was answered after so long."""
@@ -211,31 +264,45 @@ class DispatchSpan:
         self._span.end()
 
 
+class RoundNames:
+    """Ids of the spans of a layer call that native code carries: its frames name their spans, which
+    are recorded afterwards."""
+
+    __slots__ = ("frame_ids", "layer_id", "started_ns", "step")
+
+    def __init__(self, step: StepTrace, num_workers: int) -> None:
+        self.step = step
+        self.started_ns = time.perf_counter_ns()
+        self.layer_id = new_span_id()
+        self.frame_ids = [new_span_id() for _ in range(num_workers)]
+        """Of the frame to each worker."""
+
+    @property
+    def traceparents(self) -> bytes:
+        """As `RoundRequest` has them."""
+        trace_id = self.step.trace_id
+        return "".join([traceparent_of(trace_id, each) for each in self.frame_ids]).encode()
+
+
 @contextmanager
 def layer_span(
-    tracer: Tracer, layer: int, gated: GatedTokens, context: StepContext
+    tracer: Tracer,
+    layer: int,
+    gated: GatedTokens,
+    context: StepContext,
+    names: RoundNames | None = None,
 ) -> Iterator[Span | None]:
-    """The layer's span under the step's; None where the step is not sampled.
-
-    Its gate weights are the means over the tokens each expert got, in the order of expert ids.
-    """
-    if not context.is_traced:
+    """The layer's span under the step's; None where the step is not sampled."""
+    if context.trace is None:
         yield None
         return
-    used = np.flatnonzero(gated.rows_per_expert)
-    counts = gated.rows_per_expert[used]
-    weights = np.bincount(gated.expert_ids, weights=gated.topk_weights)[used] / counts
-    span = tracer.start_span(
-        SPAN_LAYER,
-        context=extract_context(context.trace_context),
-        attributes={
-            ATTR_LAYER: layer,
-            ATTR_NUM_TOKENS: gated.num_tokens,
-            ATTR_EXPERT_IDS: used.tolist(),
-            ATTR_TOKENS_PER_EXPERT: counts.tolist(),
-            ATTR_GATE_WEIGHTS: np.round(weights, 4).tolist(),
-        },
-    )
+    with chosen_span_id(None if names is None else names.layer_id):
+        span = tracer.start_span(
+            SPAN_LAYER,
+            context=context.trace.parent,
+            attributes=_layer_attributes(layer, gated),
+            start_time=None if names is None else unix_ns(names.started_ns),
+        )
     try:
         yield span
     except BaseException as error:
@@ -243,3 +310,44 @@ def layer_span(
         raise
     finally:
         span.end()
+
+
+def record_layer(
+    tracer: Tracer, trace: StepTrace, layer: int, gated: GatedTokens, started_ns: int, ended_ns: int
+) -> None:
+    """The span of a layer that is over; times are of `time.perf_counter_ns`."""
+    record_span(
+        tracer,
+        SPAN_LAYER,
+        parent=trace.parent,
+        start_ns=unix_ns(started_ns),
+        end_ns=unix_ns(ended_ns),
+        attributes=_layer_attributes(layer, gated),
+    )
+
+
+def _layer_attributes(layer: int, gated: GatedTokens) -> dict[str, AttributeValue]:
+    """Gate weights are the means over the tokens each expert got, in the order of expert ids."""
+    used = np.flatnonzero(gated.rows_per_expert)
+    counts = gated.rows_per_expert[used]
+    weights = np.bincount(gated.expert_ids, weights=gated.topk_weights)[used] / counts
+    return {
+        ATTR_LAYER: layer,
+        ATTR_NUM_TOKENS: gated.num_tokens,
+        ATTR_EXPERT_IDS: used.tolist(),
+        ATTR_TOKENS_PER_EXPERT: counts.tolist(),
+        ATTR_GATE_WEIGHTS: np.round(weights, 4).tolist(),
+    }
+
+
+def _dispatch_attributes(
+    layer: int, worker_id: str, frame: PlannedFrame, num_retries: int = 0
+) -> dict[str, AttributeValue]:
+    return {
+        ATTR_LAYER: layer,
+        ATTR_WORKER_ID: worker_id,
+        ATTR_NUM_TOKENS: len(frame.token_ids),
+        ATTR_EXPERT_IDS: frame.expert_ids,
+        ATTR_TOKENS_PER_EXPERT: frame.rows_per_expert,
+        ATTR_NUM_RETRIES: num_retries,
+    }

@@ -147,7 +147,8 @@ class RemoteExperts:
             may_combine=not self._wire_format.narrows_answers,
         )
         self._load.add(layer, gated.rows_per_expert)
-        with self._telemetry.layer_span(layer, gated, context) as span:
+        names = None if lane_call is None else lane_call.names
+        with self._telemetry.layer_span(layer, gated, context, names) as span:
             call = LayerCall(
                 layer=layer,
                 micro_batch=context.micro_batch,
@@ -158,7 +159,7 @@ class RemoteExperts:
             )
             dispatch = LayerDispatch(call, self._parts)
             if self._lane_calls is not None and lane_call is not None:
-                self._lane_calls.hand_over(lane_call, gated, dispatch)
+                self._lane_calls.hand_over(lane_call, gated, dispatch, span)
             answers = await dispatch.run()
             output = combine_frames(
                 gated,

@@ -7,18 +7,24 @@ and frames that fail or are late, are left to `LayerDispatch`.
 
 from __future__ import annotations
 
+import time
 from array import array
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from opentelemetry.trace import Span
 from torch import Tensor
 
 from router_service.dispatch.dispatch_plan import (
     MAX_COMBINED_TOP_K,
     GatedTokens,
+    PlannedFrame,
+    group_by_expert,
     plan_dispatch,
     rows_that_fit,
 )
+from router_service.dispatch.dispatch_telemetry import DispatchSpan, RoundNames
 from router_service.dispatch.lane_rounds import LaneRound, LaneRounds
 from router_service.dispatch.lane_transport import LaneWorkerLink
 from router_service.dispatch.layer_dispatch import DispatchParts, LayerDispatch
@@ -29,17 +35,21 @@ from router_service.experts import StepContext
 from services.core.errors import MalformedFrameError
 from services.core.lane.client import UNANSWERED, RoundPart, RoundRequest
 from services.core.routing_table import RoutingTable
+from services.core.tracing import unix_ns
 from services.core.wire import ResponseFrame, decode_response
 
 _MAX_UNBOOKED = 32
 
 
 class LaneCall(NamedTuple):
-    """A call whose frames are on their way, or over. Workers of `choice` are numbers of `view`."""
+    """A call whose frames are on their way, or over. Workers of `choice` are numbers of `view`;
+    `names` are those of a sampled step's spans."""
 
+    layer: int
     round_: LaneRound
     view: PoolView
     choice: Choice
+    names: RoundNames | None
 
     @property
     def request(self) -> RoundRequest:
@@ -68,10 +78,10 @@ class LaneCalls:
         topk_weights: Tensor,
         context: StepContext,
     ) -> LaneCall | None:
-        """Send a call's frames. None, with nothing sent, where it must go another way: a sampled
-        step, a tensor that is not on the CPU, a token that is not finite, an expert without a
-        worker, a worker without a lane, a frame that must be split."""
-        if context.is_traced or not topk_ids.is_cpu or topk_ids.shape[1] > MAX_COMBINED_TOP_K:
+        """Send a call's frames. None, with nothing sent, where it must go another way: a tensor
+        that is not on the CPU, a token that is not finite, an expert without a worker, a worker
+        without a lane, a frame that must be split."""
+        if not topk_ids.is_cpu or topk_ids.shape[1] > MAX_COMBINED_TOP_K:
             return None
         view, chooser = self._parts.pool.view, self._parts.chooser
         rows_per_expert = self._any_rows
@@ -79,6 +89,7 @@ class LaneCalls:
             self._book_answers()
             rows_per_expert = np.bincount(topk_ids.numpy().ravel(), minlength=len(rows_per_expert))
         choice = chooser.plan(layer, rows_per_expert, skip_stuck=context.incidents is not None)
+        names = None if context.trace is None else RoundNames(context.trace, len(view.links))
         round_ = self._rounds.start(
             layer=layer,
             hidden_states=hidden_states,
@@ -90,8 +101,9 @@ class LaneCalls:
             shares=choice.shares,
             stream=context.micro_batch,
             may_block=context.num_micro_batches == 1,
+            traceparents=None if names is None else names.traceparents,
         )
-        return None if round_ is None else LaneCall(round_, view, choice)
+        return None if round_ is None else LaneCall(layer, round_, view, choice, names)
 
     async def finish(self, call: LaneCall) -> bool:
         """Whether the call became whole; then its output is there, and it is in the books.
@@ -105,23 +117,37 @@ class LaneCalls:
             call.round_.release()
             raise
         self._parts.budget.earn(call.request.num_parts)
+        if call.names is not None:
+            ended_ns = time.perf_counter_ns()
+            call.names.step.later(partial(self._record_spans, call, call.names, ended_ns))
         self._unbooked.append((call.view.table, call.request))
         if len(self._unbooked) >= _MAX_UNBOOKED:
             self._book_answers()
         return True
 
-    def hand_over(self, call: LaneCall, gated: GatedTokens, dispatch: LayerDispatch) -> None:
-        """Let `dispatch`, of the same call, go on with the frames as they are."""
+    def hand_over(
+        self, call: LaneCall, gated: GatedTokens, dispatch: LayerDispatch, span: Span | None
+    ) -> None:
+        """Let `dispatch`, of the same call and under its `span`, go on with the frames as they
+        are."""
         self._book_answers()
-        view, choice = call.view, call.choice
-        plan = plan_dispatch(gated, choice.workers, choice.shares)
-        frames = {frame.worker: frame for frame in plan.frames}
+        view, frames = call.view, _frames_of(call, gated)
         parts = call.round_.parts
         sent = []
         for part in parts:
             worker_id = view.table.workers[part.worker].worker_id
-            link = view.links[part.worker]
-            frame = SentFrame(frames[part.worker], worker_id, link, part.call_id, None, dispatch)
+            planned, link = frames[part.worker], view.links[part.worker]
+            dispatch_span: DispatchSpan | None = None
+            if span is not None and call.names is not None:
+                dispatch_span = self._parts.telemetry.start_dispatch(
+                    span,
+                    layer=call.layer,
+                    worker_id=worker_id,
+                    frame=planned,
+                    span_id=call.names.frame_ids[part.worker],
+                    start_ns=unix_ns(part.sent_ns),
+                )
+            frame = SentFrame(planned, worker_id, link, part.call_id, dispatch_span, dispatch)
             frame.sent_ns = part.sent_ns
             sent.append(frame)
         dispatch.take_over(sent)
@@ -150,6 +176,18 @@ class LaneCalls:
         finally:
             for trip in trips:
                 chooser.dropped(*trip)
+
+    def _record_spans(self, call: LaneCall, names: RoundNames, ended_ns: int) -> None:
+        gated = group_by_expert(*call.request.gate_choice, len(self._any_rows))
+        self._parts.telemetry.record_round(
+            names,
+            layer=call.layer,
+            gated=gated,
+            frames=_frames_of(call, gated),
+            trips=call.request.round_trips(),
+            worker_ids=[worker.worker_id for worker in call.view.table.workers],
+            ended_ns=ended_ns,
+        )
 
     def _book_answers(self) -> None:
         unbooked, self._unbooked = self._unbooked, []
@@ -181,6 +219,12 @@ class LaneCalls:
         )
         self._max_rows = view, max_rows
         return max_rows
+
+
+def _frames_of(call: LaneCall, gated: GatedTokens) -> dict[int, PlannedFrame]:
+    """By worker: the frames of the call's round, as `LayerDispatch` would have planned them."""
+    plan = plan_dispatch(gated, call.choice.workers, call.choice.shares)
+    return {frame.worker: frame for frame in plan.frames}
 
 
 def _response(part: RoundPart, link: LaneWorkerLink) -> ResponseFrame | None:

@@ -53,9 +53,11 @@ class LaneRounds:
         shares: Sequence[Share],
         stream: int,
         may_block: bool,
+        traceparents: bytes | None = None,
     ) -> LaneRound | None:
         """Send a call's frames, `worker_of_expert` int64 [E] to `links` [W] with at most
-        `max_rows` int64 [W] rows each. Experts in `shares` go to several.
+        `max_rows` int64 [W] rows each. Experts in `shares` go to several. `traceparents`: as
+        `RoundRequest` has them.
 
         None, with nothing sent, where a token is not finite, a worker has no lane, or shapes and
         dtypes are not those of `RoundRequest`. With `may_block` the round is likely over when this
@@ -80,6 +82,7 @@ class LaneRounds:
             connections=self._connections_of(links, stream),
             max_rows=max_rows,
             shares=_share_words(shares) if shares else _NO_SHARES,
+            traceparents=traceparents,
         )
         round_ = LaneRound(self._hub, request)
         is_alone = may_block and self._num_in_flight == 0

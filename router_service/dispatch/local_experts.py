@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from router_service.dispatch.dispatch_plan import all_assignments, group_by_expert
-from router_service.dispatch.dispatch_telemetry import layer_span
+from router_service.dispatch.dispatch_telemetry import record_layer
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.expert_load import ExpertLoad
 from router_service.experts import StepContext
@@ -116,11 +117,14 @@ class LocalExperts:
         started_ns = time.perf_counter_ns()
         gated = group_by_expert(topk_ids.cpu(), topk_weights.cpu(), self._num_experts)
         self._load.add(layer, gated.rows_per_expert)
-        with layer_span(self._tracer, layer, gated, context):
-            assignments = all_assignments(gated).to(hidden_states.device)
-            output = self._compute(layer, hidden_states, assignments)
+        assignments = all_assignments(gated).to(hidden_states.device)
+        output = self._compute(layer, hidden_states, assignments)
+        ended_ns = time.perf_counter_ns()
         self._timings.num_calls += 1
-        self._timings.expert_ns += time.perf_counter_ns() - started_ns
+        self._timings.expert_ns += ended_ns - started_ns
+        if context.trace is not None:
+            args = self._tracer, context.trace, layer, gated, started_ns, ended_ns
+            context.trace.later(partial(record_layer, *args))
         return output
 
     def take_timings(self) -> DispatchTimings:

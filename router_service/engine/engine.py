@@ -23,11 +23,12 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from router_service.engine.deferred_emission import DeferredEmission
 from router_service.engine.engine_stats import EngineMetrics, EngineStats
 from router_service.engine.expert_waits import ExpertWaits
+from router_service.engine.late_records import LateRecords
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.request_tracker import ActiveRequest, RequestTracker
 from router_service.engine.request_validation import validate_request
 from router_service.engine.step_runner import Decoder, MicroBatchOutcome, StepRunner, TokenSampler
-from router_service.engine.step_telemetry import StepSampler, step_carrier
+from router_service.engine.step_telemetry import StepSampler
 from router_service.engine.step_timings import StepTimings
 from router_service.experts import ExpertAvailability, ExpertBackend
 from router_service.loop_thread import LoopThread
@@ -94,6 +95,7 @@ class Engine:
         self._thread = thread or LoopThread("engine")
         self._scheduler = Scheduler(scheduler_config)
         self._hub = OutputHub()
+        self._late_records = LateRecords()
         transfer = BlockTransfer(kv_cache, session_tier.layout) if session_tier else None
         sessions, checkpoints = _writers(session_tier, transfer, block_size)
         self._tracker = RequestTracker(
@@ -105,6 +107,7 @@ class Engine:
             sessions=sessions,
             checkpoints=checkpoints,
             observe_phase=metrics.observe_phase if metrics is not None else None,
+            later=self._late_records.add,
         )
         self._runner = StepRunner(
             decoder=decoder,
@@ -121,7 +124,9 @@ class Engine:
         if isinstance(experts, ExpertAvailability):
             self._waits = ExpertWaits(experts, self._scheduler)
         self._wait_timer: asyncio.TimerHandle | None = None
-        self._step_sampler = StepSampler(tracer, interval=step_sample_interval)
+        self._step_sampler = StepSampler(
+            tracer, interval=step_sample_interval, later=self._late_records.add
+        )
         self._emission = DeferredEmission(self._emit)
         self._num_steps = 0
         self._num_micro_batches = 0
@@ -310,7 +315,7 @@ class Engine:
             self._broken = error
             message = _internal_error(error).message
             self._tracker.fail_all(lambda: ShardLostError(message, reason="died"))
-            self._hub.flush()
+            self._emit()
             self._drained.set()
 
     async def _step(self) -> bool:
@@ -340,30 +345,33 @@ class Engine:
         return True
 
     def _emit(self) -> None:
-        """Wake the callers for whom there is something."""
+        """Wake the callers for whom there is something, then record what was kept for later."""
         for orphan in self._hub.flush():
             self._tracker.abort(orphan)
+        self._late_records.settle()
 
     async def _compute(self, plan: ScheduledStep) -> StepTimings:
         step = self._num_steps
-        span = self._step_sampler.begin(step, plan.entries, self._tracker.trace_of)
+        trace = self._step_sampler.begin(step, plan.entries, self._tracker.trace_of)
         try:
             timings = await self._runner.run(
                 step,
                 plan.entries,
-                step_carrier(span),
+                trace,
                 apply=self._apply,
                 on_dispatch=self._emission.dispatching,
             )
-            if span is not None:
-                span.set_attribute(telemetry.ATTR_NUM_MICRO_BATCHES, timings.num_micro_batches)
+            if trace is not None:
+                trace.span.set_attribute(
+                    telemetry.ATTR_NUM_MICRO_BATCHES, timings.num_micro_batches
+                )
         finally:
-            if span is not None:
-                self._step_sampler.end(span)
+            if trace is not None:
+                self._step_sampler.end(trace)
         self._num_steps += 1
         self._num_micro_batches = timings.num_micro_batches
         if self._metrics is not None:
-            self._metrics.observe_step(timings.step_s, span)
+            self._metrics.observe_step(timings.step_s, None if trace is None else trace.span)
         if self._tier is not None:
             self._observe_prefill(self._tier, plan, timings.step_s)
         return timings
@@ -439,7 +447,7 @@ class Engine:
                 "the shard was stopped before the request finished; try again", reason="drained"
             )
         )
-        self._hub.flush()
+        self._emit()
         self._wake.set()
 
 

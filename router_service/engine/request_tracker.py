@@ -10,7 +10,7 @@ from opentelemetry.trace import Tracer
 
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.step_runner import MicroBatchOutcome
-from router_service.engine.step_telemetry import PhaseObserver, RequestTrace
+from router_service.engine.step_telemetry import Later, PhaseObserver, RequestTrace
 from router_service.sampling.sampler import SampledToken
 from router_service.scheduling.block_hash import root_hash
 from router_service.scheduling.choice_record import ChoiceRecord
@@ -79,11 +79,13 @@ class RequestTracker:
         sessions: SessionWriter | None,
         checkpoints: CheckpointWriter | None = None,
         observe_phase: PhaseObserver | None = None,
+        later: Later,
     ) -> None:
         self._scheduler = scheduler
         self._hub = hub
         self._tracer = tracer
         self._observe_phase = observe_phase
+        self._later = later
         self._model_fingerprint = model_fingerprint
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sessions = sessions
@@ -120,9 +122,8 @@ class RequestTracker:
                 len(request.prompt_token_ids), now=now, priority=request.priority
             )
         sequences = self._make_sequences(request, arrived_at=now)
-        active = ActiveRequest(
-            request, stream, sequences, RequestTrace(self._tracer, request, self._observe_phase)
-        )
+        trace = RequestTrace(self._tracer, request, self._observe_phase, later=self._later)
+        active = ActiveRequest(request, stream, sequences, trace)
         leader = sequences[0]
         is_missing = False
         if self.asks_store(request):

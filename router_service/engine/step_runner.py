@@ -26,6 +26,7 @@ from router_service.experts import (
     NothingLeftError,
     StepContext,
     StepIncidents,
+    StepTrace,
 )
 from router_service.model.batch import ForwardBatch
 from router_service.sampling.sampler import SampledToken, SamplingRow
@@ -110,7 +111,7 @@ class StepRunner:
         self,
         step: int,
         entries: Sequence[ScheduledSequence],
-        trace_context: Mapping[str, str],
+        trace: StepTrace | None,
         *,
         apply: Callable[[MicroBatchOutcome], None],
         on_dispatch: Callable[[], None],
@@ -132,7 +133,7 @@ class StepRunner:
                 step=step,
                 micro_batch=index,
                 num_micro_batches=len(groups),
-                trace_context=trace_context,
+                trace=trace,
                 incidents=StepIncidents() if self._may_leave_behind else None,
             )
             for index in range(len(groups))

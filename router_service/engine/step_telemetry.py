@@ -1,27 +1,31 @@
 """Spans of requests and of sampled steps.
 
-A request's span has its phases as children, recorded with explicit times when they are over. A
-sampled step hangs under one traced request and links to the others that took part; its carrier
-travels through the layers, where each dispatch adds its own spans.
+A request's span has its phases as children. A sampled step hangs under one traced request and links
+to the others that took part; it travels through the layers, where each dispatch adds its own spans.
+Times are taken when things happen, and spans are made later, when tokens are out (`Later`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from opentelemetry.trace import Link, Span, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from router_service.engine.sampling_budget import SamplingBudget
-from router_service.experts import MissingExperts, Resend
+from router_service.experts import MissingExperts, Resend, StepTrace
 from router_service.scheduling.sequence import Sequence as TokenSequence
 from router_service.scheduling.step_plan import ScheduledSequence
 from services.core import telemetry
 from services.core.generation import GenerateRequest
-from services.core.tracing import extract_context, record_span, span_carrier, span_context
+from services.core.tracing import extract_context, record_span, span_context
 
 PHASE_QUEUE, PHASE_PREFILL, PHASE_DECODE = "queue", "prefill", "decode"
+
+Later = Callable[[Callable[[], object]], object]
+"""Takes a call to be made when nobody waits for tokens."""
 
 PhaseObserver = Callable[[str, float, Span], None]
 """Told of a phase that is over, its seconds, and the request's span."""
@@ -36,8 +40,11 @@ class RequestTrace:
         tracer: Tracer,
         request: GenerateRequest,
         observe_phase: PhaseObserver | None = None,
+        *,
+        later: Later = lambda record: record(),
     ) -> None:
         self._tracer = tracer
+        self._later = later
         self._observe_phase = observe_phase
         self._start_ns = time.time_ns()
         self._scheduled_ns: int | None = None
@@ -52,38 +59,40 @@ class RequestTrace:
         )
         self.is_recording = self.span.is_recording()
         if self.is_recording:
-            self.span.set_attributes(_request_attributes(request))
+            later(lambda: self.span.set_attributes(_request_attributes(request)))
 
     def restored(self, start_ns: int, end_ns: int, num_tokens: int) -> None:
         """The session store was asked, and gave so many tokens' KV."""
         if self.is_recording:
-            self._phase(
-                telemetry.SPAN_RESTORE,
-                start_ns,
-                end_ns,
-                {telemetry.ATTR_NUM_RESTORED_TOKENS: num_tokens},
+            self._later(
+                partial(
+                    self._record_phase,
+                    telemetry.SPAN_RESTORE,
+                    start_ns,
+                    end_ns,
+                    {telemetry.ATTR_NUM_RESTORED_TOKENS: num_tokens},
+                )
             )
 
     def scheduled(self) -> None:
         """The first sequence was admitted; later calls change nothing."""
         if self._scheduled_ns is None:
             self._scheduled_ns = time.time_ns()
-            self._observe(PHASE_QUEUE, self._start_ns, self._scheduled_ns)
-            if self.is_recording:
-                self._phase(telemetry.SPAN_QUEUE, self._start_ns, self._scheduled_ns)
+            self._phase_over(
+                PHASE_QUEUE, telemetry.SPAN_QUEUE, self._start_ns, self._scheduled_ns, {}
+            )
 
     def first_token(self) -> None:
         """The first token was drawn; later calls change nothing."""
         if self._first_token_ns is None and self._scheduled_ns is not None:
             self._first_token_ns = time.time_ns()
-            self._observe(PHASE_PREFILL, self._scheduled_ns, self._first_token_ns)
-            if self.is_recording:
-                self._phase(
-                    telemetry.SPAN_PREFILL,
-                    self._scheduled_ns,
-                    self._first_token_ns,
-                    {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
-                )
+            self._phase_over(
+                PHASE_PREFILL,
+                telemetry.SPAN_PREFILL,
+                self._scheduled_ns,
+                self._first_token_ns,
+                {telemetry.ATTR_NUM_TOKENS: self._num_prompt_tokens},
+            )
 
     def resent(self, resends: Sequence[Resend]) -> None:
         """Frames with tokens of this request were sent again."""
@@ -113,41 +122,42 @@ class RequestTrace:
         error: BaseException | None = None,
     ) -> None:
         now = time.time_ns()
-        if self._first_token_ns is not None:
-            self._observe(PHASE_DECODE, self._first_token_ns, now)
-        if not self.is_recording:
-            return
         num_output_tokens = sum(len(sequence.output_token_ids) for sequence in sequences)
         if self._first_token_ns is not None:
-            self._phase(
+            self._phase_over(
+                PHASE_DECODE,
                 telemetry.SPAN_DECODE,
                 self._first_token_ns,
                 now,
                 {telemetry.ATTR_NUM_TOKENS: num_output_tokens},
             )
-        self.span.set_attributes(
-            {
-                telemetry.GEN_AI_USAGE_OUTPUT_TOKENS: num_output_tokens,
-                telemetry.GEN_AI_RESPONSE_FINISH_REASONS: list(finish_reasons),
-                telemetry.ATTR_NUM_CACHED_TOKENS: sequences[0].num_cached_tokens,
-                telemetry.ATTR_NUM_RESTORED_TOKENS: sequences[0].num_restored_tokens,
-            }
-        )
-        if error is not None:
-            self.span.set_status(StatusCode.ERROR, str(error))
-        self.span.end(end_time=now)
+        if not self.is_recording:
+            return
+        attributes: dict[str, AttributeValue] = {
+            telemetry.GEN_AI_USAGE_OUTPUT_TOKENS: num_output_tokens,
+            telemetry.GEN_AI_RESPONSE_FINISH_REASONS: list(finish_reasons),
+            telemetry.ATTR_NUM_CACHED_TOKENS: sequences[0].num_cached_tokens,
+            telemetry.ATTR_NUM_RESTORED_TOKENS: sequences[0].num_restored_tokens,
+        }
+        self._later(lambda: self._record_end(now, attributes, error))
 
-    def _observe(self, phase: str, start_ns: int, end_ns: int) -> None:
-        if self._observe_phase is not None:
-            # The wall clock may be set back in between.
-            self._observe_phase(phase, max(0, end_ns - start_ns) / 1e9, self.span)
-
-    def _phase(
+    def _phase_over(
         self,
-        name: str,
+        phase: str,
+        span_name: str,
         start_ns: int,
         end_ns: int,
-        attributes: dict[str, AttributeValue] | None = None,
+        attributes: Mapping[str, AttributeValue],
+    ) -> None:
+        if self._observe_phase is not None:
+            # The wall clock may be set back in between.
+            seconds = max(0, end_ns - start_ns) / 1e9
+            self._later(partial(self._observe_phase, phase, seconds, self.span))
+        if self.is_recording:
+            self._later(partial(self._record_phase, span_name, start_ns, end_ns, attributes))
+
+    def _record_phase(
+        self, name: str, start_ns: int, end_ns: int, attributes: Mapping[str, AttributeValue]
     ) -> None:
         record_span(
             self._tracer,
@@ -157,6 +167,14 @@ class RequestTrace:
             end_ns=end_ns,
             attributes=attributes,
         )
+
+    def _record_end(
+        self, end_ns: int, attributes: Mapping[str, AttributeValue], error: BaseException | None
+    ) -> None:
+        self.span.set_attributes(attributes)
+        if error is not None:
+            self.span.set_status(StatusCode.ERROR, str(error))
+        self.span.end(end_time=end_ns)
 
 
 class StepSampler:
@@ -168,9 +186,15 @@ class StepSampler:
     """
 
     def __init__(
-        self, tracer: Tracer, *, interval: int, clock: Callable[[], float] = time.monotonic
+        self,
+        tracer: Tracer,
+        *,
+        interval: int,
+        clock: Callable[[], float] = time.monotonic,
+        later: Later = lambda record: record(),
     ) -> None:
         self._tracer = tracer
+        self._later = later
         self._interval = interval
         self._clock = clock
         self._budget = SamplingBudget(clock())
@@ -183,8 +207,8 @@ class StepSampler:
         step: int,
         entries: Sequence[ScheduledSequence],
         trace_of: Callable[[TokenSequence], RequestTrace],
-    ) -> Span | None:
-        """The span of this step, which is to be `end`ed, or None."""
+    ) -> StepTrace | None:
+        """Of a step that is sampled; it is to be `end`ed."""
         traced = [
             (trace, entry.is_prefill)
             for entry in entries
@@ -199,7 +223,7 @@ class StepSampler:
         others = {id(trace): trace for trace, _ in traced if trace is not parent}
         num_tokens = sum(entry.num_tokens for entry in entries)
         num_decode_tokens = sum(1 for entry in entries if not entry.is_prefill)
-        return self._tracer.start_span(
+        span = self._tracer.start_span(
             telemetry.SPAN_STEP,
             context=span_context(parent.span),
             links=[Link(trace.span.get_span_context()) for trace in others.values()],
@@ -211,11 +235,18 @@ class StepSampler:
                 telemetry.ATTR_NUM_DECODE_TOKENS: num_decode_tokens,
             },
         )
+        return StepTrace(span)
 
-    def end(self, span: Span) -> None:
-        """The step of this span is over."""
-        span.end()
+    def end(self, trace: StepTrace) -> None:
+        """The step is over."""
+        end_ns = time.time_ns()
         self._budget.spend(self._clock() - self._began_at)
+        self._later(lambda: self._record(trace, end_ns))
+
+    def _record(self, trace: StepTrace, end_ns: int) -> None:
+        began_at = self._clock()
+        trace.end(end_ns)
+        self._budget.spend(self._clock() - began_at)
 
     def _pick(self, step: int, traced: Sequence[tuple[RequestTrace, bool]]) -> RequestTrace | None:
         self._budget.earn(self._clock())
@@ -241,11 +272,6 @@ class StepSampler:
                 self._was_prefill = False
                 return trace
         return None
-
-
-def step_carrier(span: Span | None) -> dict[str, str]:
-    """What `StepContext.trace_context` is for this step."""
-    return span_carrier(span) if span is not None and span.is_recording() else {}
 
 
 def _request_attributes(request: GenerateRequest) -> dict[str, AttributeValue]:

@@ -8,9 +8,11 @@ whom it concerns; OpenTelemetry's global provider is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
@@ -77,6 +80,45 @@ class Tracing:
             flusher.join(timeout_s * 0.25)
 
 
+class ChosenIds(RandomIdGenerator):
+    """Random ids, but for spans that were named in frames before they were recorded."""
+
+    def generate_span_id(self) -> int:
+        chosen, _choice.span_id = getattr(_choice, "span_id", None), None
+        return chosen or super().generate_span_id()
+
+
+_choice = threading.local()
+
+
+@contextlib.contextmanager
+def chosen_span_id(span_id: int | None) -> Iterator[None]:
+    """The span that is started within, on this thread, has this id (`new_span_id`); None: any."""
+    _choice.span_id = span_id
+    try:
+        yield
+    finally:
+        _choice.span_id = None
+
+
+def new_span_id() -> int:
+    """For a span to be recorded later, under `chosen_span_id`."""
+    return _ids.generate_span_id()
+
+
+_ids = RandomIdGenerator()
+
+
+def traceparent_of(trace_id: int, span_id: int) -> str:
+    """W3C trace context of a sampled span, 55 characters."""
+    return f"00-{trace_id:032x}-{span_id:016x}-01"
+
+
+def unix_ns(perf_counter_ns: int) -> int:
+    """A reading of `time.perf_counter_ns`, of this machine and not long ago, as Unix time."""
+    return time.time_ns() - time.perf_counter_ns() + perf_counter_ns
+
+
 def configure_tracing(settings: Settings, service_name: str, *, instance_id: str) -> Tracing:
     """The tracing of this process. Raises `ConfigurationError` on an unusable endpoint.
 
@@ -100,6 +142,7 @@ def configure_tracing(settings: Settings, service_name: str, *, instance_id: str
             }
         ),
         shutdown_on_exit=False,
+        id_generator=ChosenIds(),
     )
     provider.add_span_processor(
         BatchSpanProcessor(
@@ -162,11 +205,13 @@ def record_span(
     end_ns: int,
     attributes: Mapping[str, AttributeValue] | None = None,
     links: Sequence[trace.Link] = (),
+    span_id: int | None = None,
 ) -> trace.Span:
     """Record what is over already. Times are Unix nanoseconds. The result can be a parent."""
-    span = tracer.start_span(
-        name, context=parent, start_time=start_ns, attributes=attributes, links=links
-    )
+    with chosen_span_id(span_id):
+        span = tracer.start_span(
+            name, context=parent, start_time=start_ns, attributes=attributes, links=links
+        )
     span.end(end_time=end_ns)
     return span
 

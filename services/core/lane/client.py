@@ -29,6 +29,7 @@ DTYPES = {
 }
 """Activation dtypes that rounds are in."""
 MAX_TOP_K = 2
+TRACEPARENT_BYTES = 55
 FIRST_ROUND_CALL_ID = 1 << 40
 """Frames of rounds are numbered from here on; who sends single frames keeps below."""
 
@@ -102,13 +103,20 @@ class RoundPart:
 
 
 class RoundTrip(NamedTuple):
-    """A frame of a round, from when it was sent to when its answer was there."""
+    """A frame of a round, from when it was sent to when its answer was there, by
+    `time.perf_counter_ns`."""
 
     worker: int
-    elapsed_ns: int
+    sent_ns: int
+    received_ns: int
     num_assignments: int
     num_experts: int
+    queue_us: int
     compute_us: int
+
+    @property
+    def elapsed_ns(self) -> int:
+        return self.received_ns - self.sent_ns
 
 
 class RoundRequest:
@@ -118,6 +126,7 @@ class RoundRequest:
     [T, K], topk_weights float32 [T, K], output like hidden_states. Arrays are int64:
     worker_of_expert [E], connections [W] (negative: none), max_rows [W], and shares [S * 3]:
     expert, worker and rows of each, those of an expert together and experts ascending.
+    `traceparents`: `TRACEPARENT_BYTES` for each worker, of the span that its frame names.
     """
 
     __slots__ = ("_held", "_words", "address", "output", "result", "rows_per_expert")
@@ -133,12 +142,14 @@ class RoundRequest:
         connections: array[int],
         max_rows: array[int],
         shares: array[int],
+        traceparents: bytes | None = None,
     ) -> None:
         num_tokens, hidden_size = hidden_states.shape
         num_experts, num_workers = len(worker_of_expert), len(connections)
         self.output = torch.empty_like(hidden_states)
         self.rows_per_expert = np.empty(num_experts, dtype=np.int64)
         self.result = array("q", bytes(8 * (_RESULT_WORDS + num_workers * _PART_WORDS)))
+        traces = array("B", traceparents or b"")
         self._words = array(
             "q",
             (
@@ -160,16 +171,22 @@ class RoundRequest:
                 self.result.buffer_info()[0],
                 len(shares) // 3,
                 shares.buffer_info()[0],
+                traces.buffer_info()[0] if traces else 0,
             ),
         )
         self.address = self._words.buffer_info()[0]
         tensors = hidden_states, topk_ids, topk_weights
-        self._held = *tensors, worker_of_expert, connections, max_rows, shares
+        self._held = *tensors, worker_of_expert, connections, max_rows, shares, traces
 
     @property
     def state(self) -> int:
         """A `RoundState`."""
         return self.result[0]
+
+    @property
+    def gate_choice(self) -> tuple[Tensor, Tensor]:
+        """topk_ids and topk_weights."""
+        return self._held[1], self._held[2]
 
     @property
     def num_parts(self) -> int:
@@ -186,12 +203,12 @@ class RoundRequest:
         return self.result[3:_RESULT_WORDS]
 
     def round_trips(self) -> list[RoundTrip]:
-        """Every frame; `elapsed_ns` and `compute_us` are sensible in a whole round."""
+        """Every frame; what its answer tells is sensible in a whole round."""
         words = self.result
         trips = []
         for start in range(_RESULT_WORDS, _RESULT_WORDS + words[1] * _PART_WORDS, _PART_WORDS):
-            worker, _, sent_ns, received_ns, _, rows, experts, compute_us = words[start : start + 8]
-            trips.append(RoundTrip(worker, received_ns - sent_ns, rows, experts, compute_us))
+            worker, _, sent_ns, received_ns, _, *rest = words[start : start + 9]
+            trips.append(RoundTrip(worker, sent_ns, received_ns, *rest))
         return trips
 
     def parts(self) -> list[RoundPart]:
@@ -200,7 +217,7 @@ class RoundRequest:
         for index in range(self.result[1]):
             start = _RESULT_WORDS + index * _PART_WORDS
             words = self.result[start : start + _PART_WORDS]
-            worker, call_id, sent_ns, received_ns, outcome, _, _, _, answer, size = words
+            worker, call_id, sent_ns, received_ns, outcome, *_, answer, size = words
             parts.append(
                 RoundPart(
                     worker=worker,
@@ -306,7 +323,7 @@ class _EventWords(ctypes.Structure):
 
 
 _RESULT_WORDS = 7
-_PART_WORDS = 10
+_PART_WORDS = 11
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from services.core.kernels.matrix import ACTIVATIONS
 from services.core.kernels.moe import NativeExpert
 from services.core.registry import Slot
 
-_HEADER_WORDS = 6
+_HEADER_WORDS = 10
 
 
 class HandedFrame(NamedTuple):
@@ -35,7 +35,8 @@ class HandedFrame(NamedTuple):
 class ComputedFrame(NamedTuple):
     """What happened to a frame that was computed natively.
 
-    `position` counts the frames that were computed together, 0 for the first of them.
+    `position` counts the frames that were computed together, 0 for the first of them. `arrived_ns`
+    is of `time.perf_counter_ns`; `traceparent` is the sender's span, empty where there is none.
     """
 
     layer: int
@@ -45,6 +46,9 @@ class ComputedFrame(NamedTuple):
     queue_us: int
     compute_us: int
     batch_rows: int
+    num_tokens: int
+    arrived_ns: int
+    traceparent: str
 
 
 def has_lanes(library: NativeLibrary) -> bool:
@@ -156,19 +160,24 @@ class LaneServer:
 def _computed_frames(words: array[int]) -> Iterator[ComputedFrame]:
     start = 0
     while start < len(words):
-        layer, num_experts, position, queue_us, compute_us, batch_rows = words[
-            start : start + _HEADER_WORDS
-        ]
+        header = words[start : start + _HEADER_WORDS]
+        layer, num_experts, position, queue_us, compute_us, batch_rows = header[:6]
+        num_tokens, arrived_low, arrived_high, num_bytes = header[6:]
         ids = start + _HEADER_WORDS
-        rows, start = ids + num_experts, ids + 2 * num_experts
+        rows = ids + num_experts
+        text = rows + num_experts
+        start = text + (num_bytes + 3) // 4
         yield ComputedFrame(
             layer=layer,
             expert_ids=tuple(words[ids:rows]),
-            rows_per_expert=tuple(words[rows:start]),
+            rows_per_expert=tuple(words[rows:text]),
             position=position,
             queue_us=queue_us,
             compute_us=compute_us,
             batch_rows=batch_rows,
+            num_tokens=num_tokens,
+            arrived_ns=arrived_high << 32 | arrived_low,
+            traceparent=words[text:start].tobytes()[:num_bytes].decode("ascii"),
         )
 
 

@@ -55,6 +55,11 @@ uint32_t microseconds(uint64_t from_ns, uint64_t to_ns) {
   return static_cast<uint32_t>(std::min<uint64_t>(us, std::numeric_limits<uint32_t>::max()));
 }
 
+bool is_plain_traceparent(Bytes text) {
+  if (text.size != 0 && text.size != kTraceparentBytes) return false;
+  return std::all_of(text.data, text.data + text.size, [](uint8_t byte) { return byte < 0x80; });
+}
+
 }  // namespace
 
 uint64_t now_ns() {
@@ -107,7 +112,7 @@ bool Batch::is_plain(const RequestView& view) const {
   const uint32_t dtype = wire_type(table_->type);
   if (view.dtype != dtype || view.hidden_size != table_->hidden_size) return false;
   if (view.answer_dtype != kNoDtype && view.answer_dtype != dtype) return false;
-  if (view.traceparent.size || view.scales.size || !view.num_tokens) return false;
+  if (view.scales.size || !view.num_tokens || !is_plain_traceparent(view.traceparent)) return false;
   const size_t num_values = size_t{view.num_tokens} * view.hidden_size;
   return view.hidden_states.size == num_values * value_bytes(table_->type) &&
          are_finite(view.hidden_states.data, num_values, table_->type);
@@ -220,11 +225,21 @@ void Batch::append_record(size_t i, std::vector<uint32_t>* words) const {
   const Assigned& assigned = items_[i].assigned;
   const auto num_experts = static_cast<uint32_t>(assigned.num_experts);
   const auto batch_rows = static_cast<uint32_t>(token_rows_.size());
-  words->insert(words->end(), {items_[i].frame.view.layer, num_experts,
-                               static_cast<uint32_t>(i), queue_us(i), compute_us_, batch_rows});
+  const Frame& frame = items_[i].frame;
+  const Bytes traceparent = frame.view.traceparent;
+  words->insert(words->end(),
+                {frame.view.layer, num_experts, static_cast<uint32_t>(i), queue_us(i), compute_us_,
+                 batch_rows, frame.view.num_tokens, static_cast<uint32_t>(frame.arrived_ns),
+                 static_cast<uint32_t>(frame.arrived_ns >> 32),
+                 static_cast<uint32_t>(traceparent.size)});
   for (const auto* values : {&expert_ids_, &rows_per_expert_}) {
     const uint32_t* first = values->data() + assigned.first_expert;
     words->insert(words->end(), first, first + num_experts);
+  }
+  if (traceparent.size) {
+    const size_t start = words->size();
+    words->resize(start + (traceparent.size + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+    std::memcpy(words->data() + start, traceparent.data, traceparent.size);
   }
 }
 

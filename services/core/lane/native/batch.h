@@ -47,8 +47,8 @@ class Batch {
   void clear(const ExpertTable* table);
 
   // Takes a frame of the batch's layer if it is a plain good one: what services/core/wire_checks.py
-  // and the worker's own checks ask for, in the worker's dtype, without scales and traceparent. Of
-  // all others, false, and the frame is left as it was.
+  // and the worker's own checks ask for, in the worker's dtype, without scales. Of all others,
+  // false, and the frame is left as it was.
   bool add(Frame& frame, BlockPool& pool);
 
   bool is_empty() const { return items_.empty(); }
@@ -66,7 +66,8 @@ class Batch {
   Answer& answer(size_t i) { return items_[i].answer; }
 
   // Appends what happened to frame i as words: layer, number of experts E, i, queue_us, compute_us,
-  // rows of the batch, E expert ids, E rows of each.
+  // rows of the batch, tokens of the frame, arrived_ns (the lower half first), bytes of its
+  // traceparent, E expert ids, E rows of each, the traceparent in whole words.
   void append_record(size_t i, std::vector<uint32_t>* words) const;
 
  private:

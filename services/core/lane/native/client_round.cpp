@@ -98,6 +98,11 @@ iovec Round::frame(size_t index, Buffer& scratch) {
   fields.topk_weights = topk_weights_.data() + part.first_assignment;
   fields.num_assignments = part.stop_assignment - part.first_assignment;
   fields.combine = true;
+  if (request_.traceparents) {
+    fields.traceparent = {
+        request_.traceparents + static_cast<size_t>(part.worker) * kTraceparentBytes,
+        kTraceparentBytes};
+  }
   scratch.reserve(kMaxBeforePayload + payload_bytes + max_request_tail_bytes(fields), 0);
   uint8_t* const payload = scratch.data() + kMaxBeforePayload;
   if (num_tokens == static_cast<size_t>(request_.num_tokens)) {
@@ -134,6 +139,7 @@ bool Round::take(int64_t connection, const ResponseView& response, Message& mess
                           response.hidden_states.size == num_rows * row_bytes();
     part.message = std::move(message);
     part.rows = response.hidden_states.data;
+    result.queue_us = response.queue_us;
     result.compute_us = response.compute_us;
     result.received_ns = now_ns;
     result.answer = part.message.bytes();

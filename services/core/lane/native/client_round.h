@@ -41,6 +41,7 @@ struct RoundRequest {
   int64_t* result;                  // RoundResult and W times PartResult, kept up to date
   int64_t num_shares;
   const RowShare* shares;           // [S], those of an expert together, experts ascending
+  const uint8_t* traceparents;      // [W, kTraceparentBytes], of each worker's frame; or null
 };
 
 enum RoundState : int64_t { kWaiting = 0, kWhole = 1, kFaulty = 2 };
@@ -67,6 +68,7 @@ struct PartResult {
   int64_t outcome;
   int64_t num_assignments;
   int64_t num_experts;
+  int64_t queue_us;
   int64_t compute_us;
   const uint8_t* answer;  // the whole message, until the round is released; null if there is none
   int64_t answer_bytes;

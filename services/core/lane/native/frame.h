@@ -16,6 +16,8 @@ namespace expertfleet::lane {
 constexpr char kMagic[] = "EFLANE1\n";
 constexpr size_t kMagicBytes = 8;
 constexpr size_t kLengthBytes = 4;
+// Of W3C trace context as we write it: version 00.
+constexpr size_t kTraceparentBytes = 55;
 
 // DType of the proto file.
 enum WireType : uint32_t { kNoDtype = 0, kFloat32 = 1, kFloat16 = 2, kBfloat16 = 3, kInt8 = 4 };

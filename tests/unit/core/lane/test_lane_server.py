@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,8 @@ from tests.unit.core.lane.lane_scene import (
     running_lane,
     skip_without_lanes,
 )
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -134,8 +137,10 @@ async def test_every_computed_frame_leaves_a_record(
     scene: LaneScene, experts: Experts, generator: torch.Generator
 ) -> None:
     frames = [
-        random_frame(generator, experts, dtype=FLOAT32, call_id=call_id) for call_id in range(5)
+        random_frame(generator, experts, dtype=FLOAT32, call_id=call_id, traceparent=traceparent)
+        for call_id, traceparent in enumerate(("", TRACEPARENT, TRACEPARENT, "", TRACEPARENT))
     ]
+    began_ns = time.perf_counter_ns()
     with lane_socket(scene.port) as lane:
         answers = [decode_response(lane.ask(frame.message)) for frame in frames]
     records: list[ComputedFrame] = []
@@ -152,6 +157,11 @@ async def test_every_computed_frame_leaves_a_record(
         assert record.batch_rows == sum(frame.rows_per_expert)
         assert record.position == 0
         assert (record.queue_us, record.compute_us) == (answer.queue_us, answer.compute_us)
+        request = experts_pb2.DispatchRequest.FromString(frame.message)
+        assert record.num_tokens == request.num_tokens
+        assert record.traceparent == request.traceparent
+        assert began_ns <= record.arrived_ns <= time.perf_counter_ns()
+        began_ns = record.arrived_ns
     assert list(scene.server.take_computed()) == []
 
 
@@ -175,7 +185,8 @@ def changed(frame: SentFrame, **changes: object) -> bytes:
         {"dtype": experts_pb2.DTYPE_INT8, "num_tokens": 12},
         {"dtype": 77},
         {"answer_dtype": experts_pb2.DTYPE_BFLOAT16},
-        {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
+        {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"},
+        {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-\u00e9"},
         {"scales": b"1234"},
         {"layer": 9},
         {"expert_ids": [0, 2, 5, 6]},

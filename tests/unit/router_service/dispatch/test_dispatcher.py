@@ -23,7 +23,7 @@ from router_service.dispatch import layer_dispatch, worker_health
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.local_experts import LocalExperts
-from router_service.experts import NothingLeftError, StepContext, StepIncidents
+from router_service.experts import NothingLeftError, StepContext, StepIncidents, StepTrace
 from services.core.errors import ExpertUnavailableError, MalformedFrameError, UnavailableError
 from services.core.memory_registry import MemoryRegistry
 from services.core.placement import plan_placement
@@ -48,7 +48,6 @@ from services.core.telemetry import (
     SPAN_DISPATCH,
     SPAN_LAYER,
 )
-from services.core.tracing import span_carrier
 from services.core.wire_dtype import WireFormat
 from tests.support.eventually import eventually
 from tests.support.fake_workers import FakeTransport, FakeWorker, Fault, random_model, tiny_config
@@ -738,7 +737,7 @@ async def test_a_sampled_step_shows_the_layer_and_each_frame_under_it() -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
     step = tracer.start_span("step")
-    context = StepContext(trace_context=span_carrier(step))
+    context = StepContext(trace=StepTrace(step))
     async with remote(workers, tracer=tracer) as experts:
         workers[0].faults.append("internal")
         call = random_call(workers[0], 30)

@@ -11,17 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.lane_rounds import LaneRounds
 from router_service.dispatch.local_experts import LocalExperts
-from router_service.experts import StepContext
+from router_service.experts import StepContext, StepTrace
 from services.core.errors import MalformedFrameError
 from services.core.memory_registry import MemoryRegistry
-from services.core.telemetry import METRIC_DISPATCH
-from services.core.tracing import span_carrier
+from services.core.telemetry import (
+    ATTR_EXPERT_IDS,
+    ATTR_NUM_TOKENS,
+    ATTR_TOKENS_PER_EXPERT,
+    ATTR_WORKER_ID,
+    METRIC_DISPATCH,
+    SPAN_DISPATCH,
+    SPAN_LAYER,
+)
+from services.core.tracing import ChosenIds
 from services.core.wire import encode_response
 from tests.support.eventually import eventually
 from tests.support.fake_workers import Fault
@@ -261,16 +272,50 @@ async def test_frames_above_a_workers_bound_are_split() -> None:
             assert len(workers[1].requests) == 1
 
 
-async def test_a_sampled_step_goes_frame_by_frame_and_carries_its_trace() -> None:
-    from opentelemetry.sdk.trace import TracerProvider
-
-    tracer = TracerProvider().get_tracer("test")
-    context = StepContext(trace_context=span_carrier(tracer.start_span("step")))
+@pytest.mark.parametrize("fault", [None, "internal"])
+async def test_a_sampled_step_is_carried_whole_and_its_frames_name_their_spans(
+    waiting: str, fault: Fault | None
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(id_generator=ChosenIds())
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    trace = StepTrace(tracer.start_span("step"))
     with lane_workers(2) as workers:
+        if fault:
+            workers[1].faults.append(fault)
         async with remote(workers, tracer=tracer) as experts:
-            await check_call(experts, workers[0], context=context, num_tokens=30)
-            assert all(request.traceparent for w in workers for request in w.requests)
-            assert all(request.call_id < 1 << 40 for w in workers for request in w.requests)
+            began_ns = time.time_ns()
+            await check_call(experts, workers[0], context=StepContext(trace=trace), num_tokens=30)
+            ended_ns = time.time_ns()
+            first = [worker.requests[0] for worker in workers]
+            assert all(request.call_id >= 1 << 40 for request in first)
+            assert bool(exporter.get_finished_spans()) == bool(fault)
+            trace.end(ended_ns)
+    spans = exporter.get_finished_spans()
+    (layer,) = [span for span in spans if span.name == SPAN_LAYER]
+    assert layer.parent is not None
+    assert layer.parent.span_id == trace.span.get_span_context().span_id
+    assert layer.attributes is not None
+    assert sum(layer.attributes[ATTR_TOKENS_PER_EXPERT]) == 60  # type: ignore[arg-type]
+    dispatches = {
+        f"{span.context.span_id:016x}": span for span in spans if span.name == SPAN_DISPATCH
+    }
+    assert len(dispatches) == (3 if fault else 2)
+    for worker in workers:
+        for request in worker.requests:
+            span = dispatches[request.traceparent.split("-")[2]]
+            assert span.parent is not None
+            assert span.parent.span_id == layer.context.span_id
+            assert span.attributes is not None
+            assert span.attributes[ATTR_WORKER_ID] == worker.worker_id
+            assert span.attributes[ATTR_EXPERT_IDS] == request.assignments.expert_ids
+            assert span.attributes[ATTR_NUM_TOKENS] == len(request.hidden_states)
+    for span in (layer, *dispatches.values()):
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert began_ns <= span.start_time <= span.end_time <= ended_ns
+    assert sum(not span.status.is_ok for span in dispatches.values()) == bool(fault)
 
 
 async def test_cancelling_a_call_leaves_the_backend_usable(waiting: str) -> None:

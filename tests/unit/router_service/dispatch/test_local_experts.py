@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from router_service.dispatch.local_experts import LocalExperts
-from router_service.experts import StepContext
+from router_service.experts import StepContext, StepTrace
 from services.core.checkpoints.checkpoint import Checkpoint
 from services.core.expert_ffn import computed_digest
 from services.core.telemetry import (
@@ -23,7 +25,6 @@ from services.core.telemetry import (
     METRIC_EXPERT_TOKENS,
     SPAN_LAYER,
 )
-from services.core.tracing import span_carrier
 from tests.support.checkpoints import make_checkpoint
 from tests.support.moe_layers import random_gate
 
@@ -109,10 +110,12 @@ async def test_a_sampled_step_has_a_span_per_layer_and_others_have_none(
     hidden_states = torch.randn(2, checkpoint.config.hidden_size)
     await experts.forward(0, hidden_states, ids, weights, StepContext())
     step = tracer.start_span("step")
-    await experts.forward(
-        1, hidden_states, ids, weights, StepContext(trace_context=span_carrier(step))
-    )
-    (span,) = exporter.get_finished_spans()
+    trace = StepTrace(step)
+    await experts.forward(1, hidden_states, ids, weights, StepContext(trace=trace))
+    assert exporter.get_finished_spans() == ()
+    trace.end(time.time_ns())
+    span, ended_step = exporter.get_finished_spans()
+    assert ended_step.name == "step"
     assert span.name == SPAN_LAYER
     assert span.parent is not None
     assert span.parent.span_id == step.get_span_context().span_id

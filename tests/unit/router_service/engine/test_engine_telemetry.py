@@ -54,7 +54,7 @@ class _Traced:
 
     @property
     def traced_steps(self) -> list[int]:
-        return [context.step for context, _ in self.decoder.batches if context.is_traced]
+        return [context.step for context, _ in self.decoder.batches if context.trace is not None]
 
 
 def _parent_id(span: ReadableSpan) -> int | None:
@@ -96,12 +96,13 @@ async def test_a_traced_request_has_a_sampled_prefill_and_a_sampled_decode_step(
     assert [item[telemetry.ATTR_NUM_DECODE_TOKENS] for item in attributes] == [0, 1]
 
 
-async def test_the_step_s_carrier_names_the_step_s_span() -> None:
+async def test_the_layers_of_a_sampled_step_are_given_its_span() -> None:
     async with _Traced() as traced:
         await traced.complete([1], 1)
     (step,) = traced.spans(telemetry.SPAN_STEP)
     context = traced.decoder.batches[0][0]
-    assert f"{step.context.span_id:016x}" in context.trace_context["traceparent"]
+    assert context.trace is not None
+    assert context.trace.span.get_span_context().span_id == step.context.span_id
 
 
 async def test_every_so_many_steps_one_is_sampled() -> None:
@@ -136,7 +137,7 @@ async def test_without_a_tracer_nothing_is_sampled() -> None:
     engine.start()
     await collect(engine.generate(fake_request([1], 5)))
     await engine.stop(1)
-    assert not any(context.is_traced for context, _ in decoder.batches)
+    assert not any(context.trace for context, _ in decoder.batches)
 
 
 async def test_a_failed_and_an_aborted_request_end_their_spans() -> None:
