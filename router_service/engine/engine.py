@@ -316,6 +316,7 @@ class Engine:
             message = _internal_error(error).message
             self._tracker.fail_all(lambda: ShardLostError(message, reason="died"))
             self._emit()
+            self._late_records.settle()
             self._drained.set()
 
     async def _step(self) -> bool:
@@ -348,7 +349,7 @@ class Engine:
         """Wake the callers for whom there is something, then record what was kept for later."""
         for orphan in self._hub.flush():
             self._tracker.abort(orphan)
-        self._late_records.settle()
+        self._late_records.settle_soon()
 
     async def _compute(self, plan: ScheduledStep) -> StepTimings:
         step = self._num_steps
@@ -448,6 +449,7 @@ class Engine:
             )
         )
         self._emit()
+        self._late_records.settle()
         self._wake.set()
 
 
