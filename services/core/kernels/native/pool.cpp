@@ -13,11 +13,12 @@
 namespace expertfleet {
 namespace {
 
-// For so long an idle helper keeps its core to itself, and for so long it then gives way to whoever
-// wants it before it sleeps. A core that fell asleep between two layers comes back late, and on a
-// shared host often beside the other one's thread, with half of its bandwidth.
-constexpr auto kSpin = std::chrono::microseconds(100);
+// For so long an idle helper gives way to whoever wants its core before it sleeps. A core that fell
+// asleep between two layers comes back late, and on a shared host often beside the other one's
+// thread, with half of its bandwidth. It never keeps the core to itself: a neighbour may be the
+// process that all wait for.
 constexpr auto kLinger = std::chrono::milliseconds(2);
+constexpr int kPauses = 32;
 constexpr int kChunkBits = 20;
 constexpr uint64_t kChunkMask = (uint64_t{1} << kChunkBits) - 1;
 
@@ -27,6 +28,11 @@ void pause() {
 #else
   std::this_thread::yield();
 #endif
+}
+
+void give_way() {
+  for (int i = 0; i < kPauses; ++i) pause();
+  std::this_thread::yield();
 }
 
 // One 64-bit word says which job it is, how many chunks it has and which is next, so that a
@@ -63,9 +69,7 @@ class Pool {
     epoch_.fetch_add(1);
     if (sleepers_.load() > 0) epoch_.notify_all();
     work();
-    for (int64_t spins = 0; done_.load(std::memory_order_acquire) != num_chunks; ++spins) {
-      if (spins < 2000) pause(); else std::this_thread::yield();
-    }
+    while (done_.load(std::memory_order_acquire) != num_chunks) give_way();
   }
 
  private:
@@ -88,11 +92,8 @@ class Pool {
     for (;;) {
       const auto idle_since = std::chrono::steady_clock::now();
       while (epoch_.load(std::memory_order_acquire) == seen) {
-        for (int i = 0; i < 32; ++i) pause();
-        const auto idle = std::chrono::steady_clock::now() - idle_since;
-        if (idle < kSpin) continue;
-        if (idle < kLinger) {
-          std::this_thread::yield();
+        if (std::chrono::steady_clock::now() - idle_since < kLinger) {
+          give_way();
           continue;
         }
         sleepers_.fetch_add(1);
