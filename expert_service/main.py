@@ -20,6 +20,7 @@ from expert_service.slots import SlotGroup, parse_indices, parse_slots
 from expert_service.worker import ExpertWorker, WorkerOptions
 from expert_service.worker_stats import WorkerStats
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
+from services.core.heap import freeze_heap
 from services.core.kernels.choice import set_num_threads
 from services.core.logging_setup import configure_logging
 from services.core.metrics import MetricsServer, new_registry
@@ -106,6 +107,7 @@ async def serve(settings: Settings, options: WorkerOptions) -> bool:
             metrics_endpoint=join_host_port(options.advertised_host, metrics.port),
         )
         _stop_on_signals(worker)
+        freeze_heap()
         return await worker.run()
 
 

@@ -38,6 +38,7 @@ from services.core.errors import (
     UnsupportedModelError,
 )
 from services.core.generation import GenerateRequest, GenerationDelta, SessionInfo
+from services.core.heap import freeze_heap
 from services.core.listening_socket import gateway_listener
 from services.core.logging_setup import configure_logging
 from services.core.settings import Settings, load_settings
@@ -87,6 +88,7 @@ class ShardReplica:
         self._shard = await asyncio.to_thread(
             AttentionShard.start, settings, in_process_experts=in_process_experts
         )
+        freeze_heap()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Any]:
         async for deltas in self._shard.generate(request):
@@ -136,6 +138,7 @@ class GatewayReplica:
         build = getattr(importlib.import_module(module), name)
         shards = serve.get_deployment_handle(SHARDS, shards_application, _check_exists=False)
         application = build(settings, RayShardClient(shards))
+        freeze_heap()
         # Taken last: from then on it is for this process to answer what comes.
         listener = await asyncio.to_thread(gateway_listener, settings)
         self._server = AsgiServer(application, listener, drain_timeout_s=settings.restart_drain_s)

@@ -18,6 +18,7 @@ from services.cli.gateway_factory import build_gateway
 from services.core.asgi_server import AsgiServer
 from services.core.errors import EXIT_BAD_INPUT, CheckpointError, ConfigurationError
 from services.core.generation import ShardClient
+from services.core.heap import freeze_heap
 from services.core.listening_socket import gateway_listener
 from services.core.logging_setup import configure_logging
 from services.core.settings import Settings, load_settings
@@ -54,6 +55,7 @@ async def _serve(settings: Settings, shard: ShardClient) -> None:
     loop.add_signal_handler(signal.SIGUSR1, bounds_s.put_nowait, settings.restart_drain_s)
     # There is no other shard that could go on with what this one leaves.
     application = build_gateway(settings.override(shard_wait_s=0.0), shard)
+    freeze_heap()
     # Taken last: from then on it is for this process to answer what comes.
     listener = gateway_listener(settings)
     server = AsgiServer(application, listener, drain_timeout_s=settings.drain_timeout_s / 2)

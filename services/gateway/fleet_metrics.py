@@ -5,7 +5,7 @@ Every gateway shows the same figures of one fleet: take the largest, do not add 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -14,10 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.core import telemetry
-from services.core.registry import FleetSnapshot, Slot
-from services.gateway.expert_load import expert_tokens, ready_replicas
+from services.core.registry import FleetSnapshot, ShardRecord, Slot
+from services.gateway.expert_load import ready_replicas
 
 _WORKER_STATES = ("loading", "ready", "draining")
+_MAX_SHARDS = 256
 
 
 class FleetMetrics(Collector):
@@ -29,14 +30,15 @@ class FleetMetrics(Collector):
 
     def __init__(self) -> None:
         self._shown: _Shown | None = None
+        self._tokens = _GateCounts()
         self._has_workers = False
         self._is_store_up: bool | None = None
 
     def show(self, snapshot: FleetSnapshot, *, num_layers: int, num_experts: int) -> None:
         self._is_store_up = True
         self._has_workers |= bool(snapshot.workers)
+        self._tokens.add(snapshot.shards)
         self._shown = _Shown(
-            tokens=expert_tokens(snapshot),
             replicas=_replicas(snapshot, num_layers, num_experts) if self._has_workers else {},
             workers=Counter(worker.state for worker in snapshot.workers),
             num_shards=len(snapshot.shards),
@@ -52,7 +54,7 @@ class FleetMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily(
             telemetry.METRIC_FLEET_EXPERT_TOKENS,
-            "Tokens that the gates of all shards alive sent to each logical expert",
+            "Tokens that the gates of all shards sent to each logical expert",
             labels=("layer", "expert"),
         )
         replicas = GaugeMetricFamily(
@@ -68,7 +70,7 @@ class FleetMetrics(Collector):
             telemetry.METRIC_STORE_UP, "1 if the store answered this gateway when it was last asked"
         )
         if self._shown is not None:
-            for (layer, expert), count in sorted(self._shown.tokens.items()):
+            for (layer, expert), count in sorted(self._tokens.total.items()):
                 tokens.add_metric((str(layer), str(expert)), count)
             for (layer, expert), count in sorted(self._shown.replicas.items()):
                 replicas.add_metric((str(layer), str(expert)), count)
@@ -82,10 +84,28 @@ class FleetMetrics(Collector):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shown:
-    tokens: dict[Slot, int]
     replicas: dict[Slot, int]
     workers: Counter[str]
     num_shards: int
+
+
+class _GateCounts:
+    """Adds up what shards report of themselves; a shard that is gone takes nothing away."""
+
+    def __init__(self) -> None:
+        self.total: Counter[Slot] = Counter()
+        self._known: OrderedDict[tuple[str, float], dict[Slot, int]] = OrderedDict()
+        """By shard and its start, the one that was seen last at the end."""
+
+    def add(self, shards: Iterable[ShardRecord]) -> None:
+        for shard in shards:
+            known = self._known.setdefault((shard.shard_id, shard.started_at), {})
+            for slot, count in shard.expert_load.items():
+                self.total[slot] += max(0, count - known.get(slot, 0))
+                known[slot] = max(count, known.get(slot, 0))
+            self._known.move_to_end((shard.shard_id, shard.started_at))
+        while len(self._known) > _MAX_SHARDS:
+            self._known.popitem(last=False)
 
 
 def _replicas(snapshot: FleetSnapshot, num_layers: int, num_experts: int) -> dict[Slot, int]:

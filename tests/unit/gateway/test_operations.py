@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -202,6 +203,25 @@ async def test_tokens_per_expert_are_counted_and_outlive_the_registry(model_fold
         assert (await metrics_of(client))[key] == 40
         response = await client.get("/v1/experts")
         assert (response.status_code, error_of(response)["message"]) == (503, "store away")
+
+
+async def test_tokens_of_shards_that_are_gone_stay_counted(model_folder: Path) -> None:
+    first, second = shard_record({(1, 3): 40}), shard_record({(1, 3): 5})
+    second = replace(second, shard_id="shard-later", started_at=1.0)
+    registry = FixedRegistry(FleetSnapshot())
+    key = ("expertfleet_fleet_expert_tokens_total", frozenset({("layer", "1"), ("expert", "3")}))
+    counted = []
+    async with client_of(FakeShard(repeats([9])), model_folder, registry=registry) as client:
+        for shards in (
+            (first, second),
+            (replace(first, expert_load={(1, 3): 42}), second),
+            (second,),
+            (replace(second, expert_load={(1, 3): 8}),),
+            (replace(first, expert_load={(1, 3): 43}), second),
+        ):
+            registry.current = FleetSnapshot(shards=shards)
+            counted.append((await metrics_of(client))[key])
+    assert counted == [45, 47, 47, 50, 51]
 
 
 async def test_the_fleet_is_told_as_leases_tell_it(model_folder: Path) -> None:
