@@ -101,7 +101,7 @@ bench-steady-cost: setup ## measure what metrics, traces and checkpoints cost al
 bench-session-restore: setup ## measure restoring a session's KV beside computing it again
 	$(PY) -m benchmarks.session_restore $(ARGS)
 
-bench-autoscale: setup ## a compressed day with and without the autoscaler, five minutes
+bench-autoscale: setup ## a compressed day with and without the autoscaler, eight minutes
 	$(PY) -m benchmarks.autoscale_trace --real $(ARGS)
 
 bench-gpu: setup ## measure this machine's GPU at the widths of 8x7B and 8x22B

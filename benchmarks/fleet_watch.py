@@ -131,6 +131,16 @@ class StreamLoad:
             count for record in self.records for at, count in record.arrivals if begin <= at < end
         )
 
+    def p99_answer_ms(self, begin: float, end: float) -> float:
+        """The 99th percentile of the time from a request that was sent between to the end of its
+        answer; 0 without any."""
+        times = sorted(
+            record.finished_at - record.started_at
+            for record in self.records
+            if record.arrivals and begin <= record.started_at < end
+        )
+        return times[int(0.99 * len(times))] * 1000 if times else 0.0
+
     def p99_gap_ms(self, begin: float, end: float) -> float:
         """The 99th percentile of the time between two tokens of a stream; 0 without any."""
         gaps = sorted(
