@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from router_service.dispatch.sent_frame import SentFrame
 from router_service.dispatch.worker_pool import PoolView
 from router_service.experts import StepContext
 from services.core.errors import MalformedFrameError
-from services.core.lane.client import UNANSWERED, RoundPart, RoundRequest
+from services.core.lane.client import UNANSWERED, RoundPart, RoundRequest, round_trips
 from services.core.routing_table import RoutingTable
 from services.core.tracing import unix_ns
 from services.core.wire import ResponseFrame, decode_response
@@ -68,7 +68,8 @@ class LaneCalls:
         self._parts = parts
         self._any_rows = np.ones(num_experts, dtype=np.int64)
         self._max_rows: tuple[PoolView, array[int]] | None = None
-        self._unbooked: list[tuple[RoutingTable, RoundRequest]] = []
+        self._unbooked: list[tuple[RoutingTable, array[int]]] = []
+        """Results of rounds; not the rounds, which hold tensors."""
 
     def begin(
         self,
@@ -118,9 +119,8 @@ class LaneCalls:
             raise
         self._parts.budget.earn(call.request.num_parts)
         if call.names is not None:
-            ended_ns = time.perf_counter_ns()
-            call.names.step.later(partial(self._record_spans, call, call.names, ended_ns))
-        self._unbooked.append((call.view.table, call.request))
+            call.names.step.later(self._span_record(call, call.names, time.perf_counter_ns()))
+        self._unbooked.append((call.view.table, call.request.result))
         if len(self._unbooked) >= _MAX_UNBOOKED:
             self._book_answers()
         return True
@@ -131,7 +131,7 @@ class LaneCalls:
         """Let `dispatch`, of the same call and under its `span`, go on with the frames as they
         are."""
         self._book_answers()
-        view, frames = call.view, _frames_of(call, gated)
+        view, frames = call.view, _frames_of(call.choice, gated)
         parts = call.round_.parts
         sent = []
         for part in parts:
@@ -166,7 +166,7 @@ class LaneCalls:
         chooser, workers = self._parts.chooser, call.view.table.workers
         trips = [
             (workers[trip.worker].worker_id, trip.num_assignments, trip.num_experts)
-            for trip in call.request.round_trips()
+            for trip in round_trips(call.request.result)
         ]
         for trip in trips:
             chooser.sent(*trip)
@@ -177,23 +177,30 @@ class LaneCalls:
             for trip in trips:
                 chooser.dropped(*trip)
 
-    def _record_spans(self, call: LaneCall, names: RoundNames, ended_ns: int) -> None:
-        gated = group_by_expert(*call.request.gate_choice, len(self._any_rows))
-        self._parts.telemetry.record_round(
-            names,
-            layer=call.layer,
-            gated=gated,
-            frames=_frames_of(call, gated),
-            trips=call.request.round_trips(),
-            worker_ids=[worker.worker_id for worker in call.view.table.workers],
-            ended_ns=ended_ns,
-        )
+    def _span_record(self, call: LaneCall, names: RoundNames, ended_ns: int) -> Callable[[], None]:
+        """A call that records the spans of a whole round, and holds none of its activations."""
+        layer, choice, workers = call.layer, call.choice, call.view.table.workers
+        gate_choice, result = call.request.gate_choice, call.request.result
+
+        def record() -> None:
+            gated = group_by_expert(*gate_choice, len(self._any_rows))
+            self._parts.telemetry.record_round(
+                names,
+                layer=layer,
+                gated=gated,
+                frames=_frames_of(choice, gated),
+                trips=round_trips(result),
+                worker_ids=[worker.worker_id for worker in workers],
+                ended_ns=ended_ns,
+            )
+
+        return record
 
     def _book_answers(self) -> None:
         unbooked, self._unbooked = self._unbooked, []
         chooser, telemetry = self._parts.chooser, self._parts.telemetry
-        for table, request in unbooked:
-            for trip in request.round_trips():
+        for table, result in unbooked:
+            for trip in round_trips(result):
                 worker_id = table.workers[trip.worker].worker_id
                 rows, experts = trip.num_assignments, trip.num_experts
                 elapsed_s = trip.elapsed_ns * 1e-9
@@ -221,9 +228,9 @@ class LaneCalls:
         return max_rows
 
 
-def _frames_of(call: LaneCall, gated: GatedTokens) -> dict[int, PlannedFrame]:
-    """By worker: the frames of the call's round, as `LayerDispatch` would have planned them."""
-    plan = plan_dispatch(gated, call.choice.workers, call.choice.shares)
+def _frames_of(choice: Choice, gated: GatedTokens) -> dict[int, PlannedFrame]:
+    """By worker: the frames of a round, as `LayerDispatch` would have planned them."""
+    plan = plan_dispatch(gated, choice.workers, choice.shares)
     return {frame.worker: frame for frame in plan.frames}
 
 

@@ -202,15 +202,6 @@ class RoundRequest:
         """sent_ns, received_ns, queue_us and compute_us of the frame answered last."""
         return self.result[3:_RESULT_WORDS]
 
-    def round_trips(self) -> list[RoundTrip]:
-        """Every frame; what its answer tells is sensible in a whole round."""
-        words = self.result
-        trips = []
-        for start in range(_RESULT_WORDS, _RESULT_WORDS + words[1] * _PART_WORDS, _PART_WORDS):
-            worker, _, sent_ns, received_ns, _, *rest = words[start : start + 9]
-            trips.append(RoundTrip(worker, sent_ns, received_ns, *rest))
-        return trips
-
     def parts(self) -> list[RoundPart]:
         """Of a round that is not released; answers are copied."""
         parts = []
@@ -229,6 +220,15 @@ class RoundRequest:
                 )
             )
         return parts
+
+
+def round_trips(result: array[int]) -> list[RoundTrip]:
+    """Every frame of a `RoundRequest.result`; what answers tell is sensible in a whole round."""
+    trips = []
+    for start in range(_RESULT_WORDS, _RESULT_WORDS + result[1] * _PART_WORDS, _PART_WORDS):
+        worker, _, sent_ns, received_ns, _, *rest = result[start : start + 9]
+        trips.append(RoundTrip(worker, sent_ns, received_ns, *rest))
+    return trips
 
 
 class LaneClient:
