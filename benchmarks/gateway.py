@@ -7,7 +7,8 @@ whole product on Ray Serve. Each answers one stream at a time, then 32 streams a
     TTFT added             = median TTFT of one stream - that of the engine
     time per token added   = (time of all streams' tokens - that of the engine) / tokens
 
-The client is aiohttp on the same cores, so its own work per event counts as added, too.
+The client is aiohttp on the same cores, so its own work counts as added, too. How much that is,
+with uvicorn's, is what a fourth side takes: a server that answers with made-up tokens at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,12 +33,14 @@ from typing import Any, Protocol
 
 from benchmarks.machine import ForeignLoad, describe_machine
 from services.cli.load.client import LoadClient
+from tests.support.product import free_port
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 PROMPT_TOKENS = 32
 NUM_STREAMS = 32
 READY_TIMEOUT_S = 180.0
 TARGET_TTFT_MS, TARGET_TOKEN_MS = 3.0, 0.1
+BARE = "client and uvicorn alone"
 
 
 class Served(Protocol):
@@ -86,22 +88,28 @@ class DirectEngine:
         return dict(json.loads(line))
 
 
-class RunningProduct:
-    """`expertfleet up` on a free port, asked over HTTP."""
+class HttpServer:
+    """A command that serves on a port, asked over HTTP."""
 
-    def __init__(self, name: str, model: Path, state_dir: Path, *arguments: str) -> None:
+    def __init__(self, name: str, port: int, *command: str) -> None:
         self.name = name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-m", "services.cli", "up", "--model", str(model)]
-        command += ["--port", self._url.rpartition(":")[2], "--state-dir", str(state_dir)]
+        self._url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
-            [*command, "--no-workers", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._wait_ready()
+
+    @classmethod
+    def product(cls, name: str, model: Path, state_dir: Path, *arguments: str) -> HttpServer:
+        """`expertfleet up`."""
+        port = free_port()
+        command = ["-m", "services.cli", "up", "--model", str(model), "--port", str(port)]
+        return cls(name, port, *command, "--state-dir", str(state_dir), "--no-workers", *arguments)
+
+    @classmethod
+    def bare(cls) -> HttpServer:
+        port = free_port()
+        return cls(BARE, port, "-m", "benchmarks.bare_http", str(port))
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[float, float]:
         return asyncio.run(self._stream_all(prompts, max_tokens))
@@ -160,7 +168,8 @@ def main() -> None:
         try:
             for name, flags in (("uvicorn", ["--no-ray"]), ("Ray Serve", [])):
                 folder = Path(scratch) / name.replace(" ", "-").lower()
-                sides.append(RunningProduct(name, arguments.model, folder, *flags))
+                sides.append(HttpServer.product(name, arguments.model, folder, *flags))
+            sides.append(HttpServer.bare())
             for round_number in range(-1, arguments.rounds):
                 load = ForeignLoad([os.getpid()])
                 for side in sides:
@@ -202,7 +211,7 @@ def _report(
     ]
     for name in ttft:
         cells = [_cell(ttft[name], 1), "", _cell(per_token[name], 3), ""]
-        if name != "engine":
+        if name not in ("engine", BARE):
             cells[1] = f"{_added(ttft, name):.2f}"
             cells[3] = f"{_added(per_token, name):.3f}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
