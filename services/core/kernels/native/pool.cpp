@@ -13,11 +13,13 @@
 namespace expertfleet {
 namespace {
 
-// For so long an idle helper gives way to whoever wants its core before it sleeps. A core that fell
-// asleep between two layers comes back late, and on a shared host often beside the other one's
-// thread, with half of its bandwidth. It never keeps the core to itself: a neighbour may be the
-// process that all wait for.
+// An idle helper stays awake for so long before it sleeps, if nobody else wants its core. A core that
+// fell asleep between two layers comes back late, and on a shared host often beside the other one's
+// thread, with half of its bandwidth. But helpers of many processes that stay awake on few cores
+// take a third of what they are for.
 constexpr auto kLinger = std::chrono::milliseconds(2);
+// Giving way takes longer than this if somebody took it.
+constexpr auto kAlone = std::chrono::microseconds(4);
 constexpr int kPauses = 32;
 constexpr int kChunkBits = 20;
 constexpr uint64_t kChunkMask = (uint64_t{1} << kChunkBits) - 1;
@@ -91,9 +93,12 @@ class Pool {
     uint32_t seen = epoch_.load();
     for (;;) {
       const auto idle_since = std::chrono::steady_clock::now();
+      auto before = idle_since;
       while (epoch_.load(std::memory_order_acquire) == seen) {
-        if (std::chrono::steady_clock::now() - idle_since < kLinger) {
-          give_way();
+        give_way();
+        const auto now = std::chrono::steady_clock::now();
+        if (now - before < kAlone && now - idle_since < kLinger) {
+          before = now;
           continue;
         }
         sleepers_.fetch_add(1);
