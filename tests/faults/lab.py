@@ -86,6 +86,7 @@ class Outcome:
             f"whole {_seconds(self.whole_s)}; {self.counts}; foreign CPU "
             f"{self.foreign_share:.0%}; "
             f"problems {list(self.problems)}; {list(self.remarks)}"
+            + "".join(f"; {wrong}" for wrong in verdict.wrong_answers[:20])
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from tests.support.load import Answers, Exchange
 
@@ -25,6 +25,18 @@ class Marks:
     undone_at: float
     """The fault's end; for a fault that has none (a death), when throughput is no longer read."""
     stopped_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongAnswer:
+    """To turn `turn` of a conversation. It was asked `asked_s` after the start of the run, and is
+    right up to token `first`."""
+
+    conversation: int
+    turn: int
+    asked_s: float
+    first: int
+    num_wrong: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +60,7 @@ class Verdict:
     recovery_s: float | None
     throughput: tuple[float, ...]
     errors: dict[str, int] = field(default_factory=dict)
+    wrong_answers: tuple[WrongAnswer, ...] = ()
 
     @property
     def throughput_ratio(self) -> float:
@@ -84,7 +97,24 @@ def judge(exchanges: Sequence[Exchange], answers: Answers, marks: Marks) -> Verd
         recovery_s=_recovery(throughput, before, marks),
         throughput=throughput,
         errors=dict(Counter(failures)),
+        wrong_answers=tuple(_wrong_answers(exchanges, answers, marks.started_at)),
     )
+
+
+def _wrong_answers(
+    exchanges: Sequence[Exchange], answers: Answers, started_at: float
+) -> Iterator[WrongAnswer]:
+    for exchange in exchanges:
+        num_wrong = num_wrong_tokens(exchange, answers)
+        if num_wrong:
+            pairs = zip(exchange.record.token_ids, answers[exchange.key], strict=False)
+            yield WrongAnswer(
+                conversation=exchange.key[0],
+                turn=exchange.key[1],
+                asked_s=round(exchange.record.started_at - started_at, 2),
+                first=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
+                num_wrong=num_wrong,
+            )
 
 
 def num_wrong_tokens(exchange: Exchange, answers: Answers) -> int:
