@@ -30,6 +30,7 @@ from router_service.experts import (
 )
 from router_service.model.batch import ForwardBatch
 from router_service.sampling.sampler import SampledToken, SamplingRow
+from router_service.scheduling.sequence import SequenceStatus
 from router_service.scheduling.step_plan import ScheduledSequence
 from router_service.session_tier.block_transfer import BlockStorage, BlockTransfer
 from services.core.errors import ExpertfleetError, NonFiniteError
@@ -187,6 +188,9 @@ class StepRunner:
         self, group: list[ScheduledSequence], context: StepContext, run: _StepRun
     ) -> MicroBatchOutcome:
         timings, start = run.timings, time.perf_counter()
+        # A micro-batch begins a turn of the loop after the plan was made. Who was aborted in that
+        # turn has no blocks any more, and would be written into somebody else's.
+        group = [entry for entry in group if entry.sequence.status is not SequenceStatus.FINISHED]
         for entry in group:
             for block_id, payload in entry.imports:
                 assert self._transfer is not None

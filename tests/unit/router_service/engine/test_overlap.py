@@ -6,10 +6,12 @@ import asyncio
 import threading
 from collections import Counter
 
+import pytest
 import torch
 
 from router_service.experts import ExpertBackend, StepContext
 from router_service.model.batch import ForwardBatch
+from router_service.scheduling.step_plan import ScheduledStep
 from tests.support.eventually import eventually
 from tests.support.fake_decoder import (
     FakeDecoder,
@@ -126,3 +128,40 @@ async def test_a_step_s_tokens_reach_their_callers_while_the_next_waits_for_expe
     finally:
         await engine.stop(1)
     assert tokens == greedy_tokens([1, 2, 3], 6)
+
+
+async def test_an_abort_between_plan_and_micro_batches_harms_nobodys_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Micro-batches are tasks, which begin after callbacks that were queued before them."""
+    engine = fake_engine(decoder=FakeDecoder(4, num_yields=1), num_micro_batches=2)
+    plan, tracker = engine._scheduler.schedule, engine._tracker
+    num_aborted = 0
+
+    def schedule() -> ScheduledStep:
+        nonlocal num_aborted
+        step = plan()
+        for entry in step.entries:
+            if entry.sequence.prompt_token_ids[0] == 7 and not entry.is_prefill:
+                stream = tracker._by_order[entry.sequence.order].stream
+                asyncio.get_running_loop().call_soon(tracker.abort, stream)
+                num_aborted += 1
+                break
+        return step
+
+    monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+    engine.start()
+    prompts = [list(range(10 + 5 * index, 15 + 5 * index)) for index in range(3)]
+    staying = [asyncio.create_task(collect(engine.generate(fake_request(p, 40)))) for p in prompts]
+    leaving = [
+        asyncio.create_task(collect(engine.generate(fake_request([7, index], 40))))
+        for index in range(5)
+    ]
+    for prompt, task in zip(prompts, staying, strict=True):
+        (completion,) = await task
+        assert completion.token_ids == greedy_tokens(prompt, 40)
+    assert num_aborted == 5
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    await engine.stop(1)
