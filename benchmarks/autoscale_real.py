@@ -37,6 +37,8 @@ CALIBRATION_S = 8.0
 PEAK_SHARE = 0.9
 """Of what one worker takes: more than it can be trusted with, less than brings a backlog."""
 IDLE_AFTER_S = 5.0
+SETTLE_S = 15.0
+"""Longer than from the load that asks for a worker until that has a lease."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +147,18 @@ async def _alone_until(watch: FleetWatch, begin: float, end: float) -> float:
     return next((at for at, s in watch.seen if begin <= at < end and len(s.workers) > 1), end)
 
 
-async def _until_few(watch: FleetWatch, num_workers: int, timeout_s: float = 60.0) -> None:
-    """Workers started for the calibration are waited out: the day begins with the fewest."""
+async def _until_few(watch: FleetWatch, num_workers: int, timeout_s: float = 90.0) -> None:
+    """Workers started for the calibration are waited out, also those that are still to come: the
+    day begins with the fewest."""
+    settled_at = time.perf_counter() + SETTLE_S
+
+    def is_settled() -> bool:
+        now = time.perf_counter()
+        recent = [len(snapshot.workers) for at, snapshot in watch.seen if at > now - SETTLE_S]
+        return now > settled_at and set(recent) == {num_workers}
+
     with contextlib.suppress(TimeoutError):
-        await eventually(
-            lambda: bool(watch.seen) and len(watch.seen[-1][1].workers) == num_workers,
-            timeout_s=timeout_s,
-        )
+        await eventually(is_settled, timeout_s=timeout_s)
 
 
 @contextlib.asynccontextmanager
