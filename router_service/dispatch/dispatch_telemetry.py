@@ -151,13 +151,13 @@ class DispatchTelemetry:
     ) -> None:
         """The spans of a whole round: the layer's, and one for the frame of each worker, whose
         numbers `frames` and `trips` have. `ended_ns` is of `time.perf_counter_ns`."""
-        span = record_span(
+        span = record_layer(
             self._tracer,
-            SPAN_LAYER,
-            parent=names.step.parent,
-            start_ns=unix_ns(names.started_ns),
-            end_ns=unix_ns(ended_ns),
-            attributes=_layer_attributes(layer, gated),
+            names.step,
+            layer,
+            gated,
+            started_ns=names.started_ns,
+            ended_ns=ended_ns,
             span_id=names.layer_id,
         )
         parent = span_context(span)
@@ -313,16 +313,24 @@ def layer_span(
 
 
 def record_layer(
-    tracer: Tracer, trace: StepTrace, layer: int, gated: GatedTokens, started_ns: int, ended_ns: int
-) -> None:
+    tracer: Tracer,
+    trace: StepTrace,
+    layer: int,
+    gated: GatedTokens,
+    *,
+    started_ns: int,
+    ended_ns: int,
+    span_id: int | None = None,
+) -> Span:
     """The span of a layer that is over; times are of `time.perf_counter_ns`."""
-    record_span(
+    return record_span(
         tracer,
         SPAN_LAYER,
         parent=trace.parent,
         start_ns=unix_ns(started_ns),
         end_ns=unix_ns(ended_ns),
         attributes=_layer_attributes(layer, gated),
+        span_id=span_id,
     )
 
 

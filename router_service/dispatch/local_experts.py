@@ -123,8 +123,17 @@ class LocalExperts:
         self._timings.num_calls += 1
         self._timings.expert_ns += ended_ns - started_ns
         if context.trace is not None:
-            args = self._tracer, context.trace, layer, gated, started_ns, ended_ns
-            context.trace.later(partial(record_layer, *args))
+            context.trace.later(
+                partial(
+                    record_layer,
+                    self._tracer,
+                    context.trace,
+                    layer,
+                    gated,
+                    started_ns=started_ns,
+                    ended_ns=ended_ns,
+                )
+            )
         return output
 
     def take_timings(self) -> DispatchTimings:
