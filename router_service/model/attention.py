@@ -16,6 +16,7 @@ from router_service.model.kv_cache import KVCache
 from router_service.model.rotary import Rotation
 from router_service.model.torch_attention import TorchAttentionPlan
 from services.core.kernels.attention import NativeAttention, supports_attention
+from services.core.kernels.attention_part import Gated, NativeAttentionPart
 from services.core.kernels.choice import native_kernels_for
 from services.core.kernels.library import NativeLibrary
 
@@ -90,3 +91,14 @@ class NativeAttentionPlan:
         keys, values = kv_cache.by_slot(layer)
         self._attention.rotate_and_store(qkv, keys, values)
         return self._attention.attend(qkv, keys, values)
+
+    def attend_and_gate(
+        self,
+        part: NativeAttentionPart,
+        layer: int,
+        x: Tensor,
+        update: Tensor | None,
+        kv_cache: KVCache,
+    ) -> tuple[Tensor, Gated | None]:
+        """All of the layer that comes before its experts; see `NativeAttentionPart`."""
+        return part(x, update, self._attention, *kv_cache.by_slot(layer))

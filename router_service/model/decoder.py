@@ -12,7 +12,6 @@ Shapes: T tokens, H hidden_size, R sampled rows, V vocab_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,8 +19,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from router_service.experts import ExpertBackend, StepContext
-from router_service.model.attention import AttentionPlan, plan_attention
+from router_service.model.attention import plan_attention
 from router_service.model.batch import ForwardBatch
+from router_service.model.decoder_layer import DecoderLayer, SelfAttention
 from router_service.model.gate import TopKGate
 from router_service.model.kv_cache import KVCache
 from router_service.model.norm import RMSNorm
@@ -108,39 +108,17 @@ class MixtralDecoder:
             rotation=self._rotary.rotation(max(batch.context_lens)),
         )
         x = F.embedding(batch.token_ids, self._embedding)
-        update: Tensor | None = None  # is added to x by the norm that comes next
+        update: Tensor | None = None  # is added to x by the layer that comes next
         for index, layer in enumerate(self._layers):
-            h = layer.input_norm(x, update)
-            h = layer.post_attention_norm(x, layer.attention(index, h, plan, kv_cache))
-            if isinstance(layer.feed_forward, TopKGate):
-                topk_ids, topk_weights = layer.feed_forward(h)
-                update = await experts.forward(index, h, topk_ids, topk_weights, context)
+            h, gated = layer.attend(index, x, update, plan, kv_cache)
+            if gated is None:
+                update = layer.dense_ffn(h)
             else:
-                update = layer.feed_forward.forward(h)
+                update = await experts.forward(index, h, *gated, context)
         assert update is not None
         rows = batch.sample_rows
         h = self._norm(x.index_select(0, rows), update.index_select(0, rows))
         return self._lm_head(h)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderLayer:
-    input_norm: RMSNorm
-    attention: SelfAttention
-    post_attention_norm: RMSNorm
-    feed_forward: TopKGate | PackedExpert
-
-
-class SelfAttention:
-    """Grouped-query attention (Ainslie et al. 2023): qkv_proj is q, k and v stacked by rows."""
-
-    def __init__(self, qkv_proj: PackedLinear, o_proj: PackedLinear) -> None:
-        self._qkv_proj = qkv_proj
-        self._o_proj = o_proj
-
-    def __call__(self, layer: int, x: Tensor, plan: AttentionPlan, kv_cache: KVCache) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self._o_proj(plan.attend(layer, self._qkv_proj(x), kv_cache))
 
 
 class _Loader:

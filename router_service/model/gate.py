@@ -18,16 +18,16 @@ class TopKGate:
     """
 
     def __init__(self, weight: Tensor, *, num_experts_per_tok: int, native: bool = True) -> None:
-        self._weight = weight.contiguous()
-        self._num_experts_per_tok = num_experts_per_tok
+        self.weight = weight.contiguous()
+        self.num_experts_per_tok = num_experts_per_tok
         self._library = native_kernels_for(weight.dtype, weight.device) if native else None
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> topk_ids int64 [T, K], topk_weights float32 [T, K], best first."""
         if self._library is not None:
-            return topk_gate(self._library, hidden_states, self._weight, self._num_experts_per_tok)
-        router_logits = F.linear(hidden_states, self._weight)
+            return topk_gate(self._library, hidden_states, self.weight, self.num_experts_per_tok)
+        router_logits = F.linear(hidden_states, self.weight)
         probabilities = torch.softmax(router_logits, dim=-1, dtype=torch.float32)
-        topk_weights, topk_ids = torch.topk(probabilities, self._num_experts_per_tok, dim=-1)
+        topk_weights, topk_ids = torch.topk(probabilities, self.num_experts_per_tok, dim=-1)
         topk_weights /= topk_weights.sum(dim=-1, keepdim=True)
         return topk_ids, topk_weights

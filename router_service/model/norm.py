@@ -16,16 +16,16 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float, *, native: bool = True) -> None:
-        self._weight = weight
-        self._eps = eps
+        self.weight = weight
+        self.eps = eps
         self._library = native_kernels_for(weight.dtype, weight.device) if native else None
 
     def __call__(self, x: Tensor, update: Tensor | None = None) -> Tensor:
         """Add `update` to `x` in place, and return the norm of the sum; all are [T, H]."""
         if self._library is not None:
             update = None if update is None else update.contiguous()
-            return add_rms_norm(self._library, x, update, self._weight, self._eps)
+            return add_rms_norm(self._library, x, update, self.weight, self.eps)
         if update is not None:
             x.add_(update)
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self._eps)
-        return normed.to(x.dtype) * self._weight
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return normed.to(x.dtype) * self.weight

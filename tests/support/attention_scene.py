@@ -117,7 +117,7 @@ class Scene:
             self.cache.write(0, slots[earlier], keys[earlier], values[earlier])
         heads = [torch.cat(self._new(one)) for one in (self.queries, self.keys, self.values)]
         qkv = torch.cat(heads, dim=1).flatten(1)
-        output = self._plan(sliding_window, native).attend(0, qkv, self.cache)
+        output = self.plan(sliding_window, native=native).attend(0, qkv, self.cache)
         starts = self.batch().query_start
         shape = (-1, self.num_heads, self.head_dim)
         return [output[start:stop].view(shape) for start, stop in pairwise(starts)]
@@ -137,7 +137,7 @@ class Scene:
                 rows.append(shares @ values[first : position + 1, kv_head])
         return torch.stack(rows).view(count, self.num_heads, self.head_dim).float()
 
-    def _plan(self, sliding_window: int | None, native: bool) -> AttentionPlan:
+    def plan(self, sliding_window: int | None, *, native: bool = True) -> AttentionPlan:
         longest = max(length for length, _ in self.sequences)
         rotation = Rotation(
             cos=torch.ones(longest, self.head_dim, dtype=self.dtype),

@@ -78,6 +78,7 @@ class NativeAttention:
         self._rotate_and_store = library.functions.ef_rotate_and_store
         self._attend = library.functions.ef_attend
         self._output_width = num_heads * head_dim
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         num_seqs = len(context_lens)
         starts = (ctypes.c_int64 * (num_seqs + 1))(*query_start)
         lengths = (ctypes.c_int64 * num_seqs)(*context_lens)
@@ -101,7 +102,15 @@ class NativeAttention:
             scale=head_dim**-0.5,
             element=_ELEMENTS[cos.dtype],
         )
-        self._step_pointer = ctypes.c_void_p(ctypes.addressof(self._step))
+        self.address = ctypes.addressof(self._step)
+        self._step_pointer = ctypes.c_void_p(self.address)
+
+    def scratch(self, bytes_per_token: int) -> Tensor:
+        """Memory for one layer at a time, uint8, at least T * bytes_per_token."""
+        num_bytes = self._step.num_tokens * bytes_per_token
+        if len(self._scratch) < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch
 
     def rotate_and_store(self, qkv: Tensor, keys: Tensor, values: Tensor) -> None:
         """Rotate queries and keys of `qkv` [T, (H + 2K) * D] in place, with the roundings of

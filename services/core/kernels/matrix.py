@@ -73,7 +73,7 @@ class NativeMatrix:
             data=data.data_ptr(),
             scales=None if scales is None else scales.data_ptr(),
         )
-        self._address = ctypes.addressof(self.struct)
+        self.address = ctypes.addressof(self.struct)
         self._linear = _declared(library).ef_linear
 
     @classmethod
@@ -133,7 +133,7 @@ class NativeMatrix:
         dtype = out_dtype or rows.dtype
         out = rows.new_empty((len(rows), self.out_features), dtype=dtype)
         self._linear(
-            self._address,
+            self.address,
             rows.data_ptr(),
             len(rows),
             ACTIVATIONS[rows.dtype],

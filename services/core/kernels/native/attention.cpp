@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "attention_step.h"
+#include "api.h"
 #include "pool.h"
 
 namespace expertfleet {

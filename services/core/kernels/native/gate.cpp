@@ -1,6 +1,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "api.h"
 #include "row_ops.h"
 #include "row_sharing.h"
 

@@ -1,5 +1,6 @@
 // One linear layer.
 
+#include "api.h"
 #include "elementwise.h"
 #include "panels.h"
 #include "scratch.h"

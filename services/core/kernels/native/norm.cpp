@@ -1,3 +1,4 @@
+#include "api.h"
 #include "row_ops.h"
 #include "row_sharing.h"
 

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "attention_step.h"
+#include "api.h"
 #include "row_ops.h"
 #include "row_sharing.h"
 
