@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,10 @@ class ChildSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+Spawn = Callable[[ChildSpec], Awaitable[asyncio.subprocess.Process]]
+"""How a child's process comes to be; as `spawn_process` does."""
+
+
 class ChildFailedError(ExpertfleetError):
     """A child refused its input (exit status 2) or could not be started."""
 
@@ -45,8 +49,14 @@ class Child:
     SIGTERM when the launcher dies, and is ended together with what it started.
     """
 
-    def __init__(self, spec: ChildSpec, on_event: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self,
+        spec: ChildSpec,
+        on_event: Callable[[str], None] = log.warning,
+        spawn: Spawn | None = None,
+    ) -> None:
         self.spec = spec
+        self._spawn = spawn or spawn_process
         self.num_restarts = 0
         self.failure: ChildFailedError | None = None
         self._on_event = on_event
@@ -55,7 +65,7 @@ class Child:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self._spawn()
+        self._process = await self._spawn(self.spec)
         self._watcher = asyncio.create_task(self._watch(), name=f"watch-{self.spec.name}")
 
     @property
@@ -111,25 +121,11 @@ class Child:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), timeout_s)
         if process is not None:
-            _signal_group(process.pid, signal.SIGKILL)
-            if process.returncode is None:
-                await process.wait()
+            await end_group(process)
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
-
-    async def _spawn(self) -> None:
-        with self.spec.log_file.open("ab") as log_file:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.spec.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                env=os.environ | self.spec.environment,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
 
     async def _watch(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -153,7 +149,28 @@ class Child:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
             self.num_restarts += 1
-            await self._spawn()
+            self._process = await self._spawn(self.spec)
+
+
+async def spawn_process(spec: ChildSpec, *, talks: bool = False) -> asyncio.subprocess.Process:
+    """Its output goes to the log; with `talks` only its errors, and pipes lead to and from it."""
+    with spec.log_file.open("ab") as log_file:
+        return await asyncio.create_subprocess_exec(
+            *spec.command,
+            stdin=asyncio.subprocess.PIPE if talks else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE if talks else log_file,
+            stderr=log_file,
+            env=os.environ | spec.environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+
+async def end_group(process: asyncio.subprocess.Process) -> None:
+    """End a child for certain, with all that it has started."""
+    _signal_group(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        await process.wait()
 
 
 def _die_with_parent() -> None:

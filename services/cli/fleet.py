@@ -22,6 +22,7 @@ from services.cli.fleet_workers import FleetWorkers
 from services.cli.front import Front, LocalFront, RayFront
 from services.cli.hardware import Hardware
 from services.cli.rolling_restart import RollingRestart, parse_what
+from services.cli.spare_process import SpareProcess
 from services.cli.startup import wait_until_up
 from services.cli.state_folder import StateFolder, control_socket
 from services.core.errors import InvalidRequestError, UnavailableError
@@ -38,6 +39,7 @@ MALLOC_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+_PROCESS_ENVIRONMENT = MALLOC_ENVIRONMENT | GRPC_ENVIRONMENT
 STOP_SERVING_S = 7.0
 STOP_WORKERS_S = 3.0
 STOP_STORE_S = 1.0
@@ -49,6 +51,7 @@ class FleetPlan:
     are `num_workers` for each replica. `autoscaling` None leaves it at that.
 
     `external_workers`: none are started, for others hold the experts and announce it in the store.
+    `keeps_spare`: a process is kept ready for the next worker.
     """
 
     num_workers: int
@@ -59,6 +62,7 @@ class FleetPlan:
     replicas: int = 1
     autoscaling: PolicyOptions | None = None
     external_workers: bool = False
+    keeps_spare: bool = True
 
     @property
     def in_process_experts(self) -> bool:
@@ -92,6 +96,7 @@ class Fleet:
         self._listener = listener
         self._say = say
         self._settings = settings.override(state_dir=folder.path)
+        self._spare = SpareProcess(_PROCESS_ENVIRONMENT, folder.log_file("spare"))
         self._store: Child | None = None
         self._front: Front | None = None
         self._workers = FleetWorkers(
@@ -129,6 +134,8 @@ class Fleet:
         await self._start_front()
         if self._autoscaler:
             self._autoscaler.start(self._settings)
+        if self._plan.num_workers and self._plan.keeps_spare:
+            self._spare.start()
         await self._control.start()
         self._folder.record(url=self.url)
 
@@ -164,6 +171,7 @@ class Fleet:
         if self._front is not None:
             await self._front.stop(STOP_SERVING_S)
         self._listener.close()
+        await self._spare.stop()
         await self._workers.stop(STOP_WORKERS_S)
         if self._store is not None:
             await self._store.stop(STOP_STORE_S)
@@ -237,6 +245,7 @@ class Fleet:
 
         started = time.monotonic()
         self._is_restarting = True
+        await self._spare.renew()  # the code may have changed
         if self._autoscaler:
             # It would take the second worker of each slot for a replica too many.
             await self._autoscaler.stop()
@@ -263,6 +272,7 @@ class Fleet:
             "processes": [
                 *([_process("store", self._store)] if self._store is not None else []),
                 *self._workers.status(),
+                *self._spare.status(),
                 *(_process("gateway and shards", child) for child in front),
             ],
         }
@@ -274,9 +284,9 @@ class Fleet:
             name=name,
             command=command,
             log_file=self._folder.log_file(name),
-            environment=MALLOC_ENVIRONMENT | GRPC_ENVIRONMENT | dict(environment or {}),
+            environment=_PROCESS_ENVIRONMENT | dict(environment or {}),
         )
-        return Child(spec, self._say)
+        return Child(spec, self._say, self._spare.spawn)
 
 
 def _process(name: str, child: Child) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import grpc.aio
 from services.cli.child import Child
 from services.cli.hang_watch import HangWatch
 from services.cli.hardware import Hardware
+from services.cli.spare_process import WORKER_COMMAND
 from services.cli.startup import fits_beside, memory_available, wait_until_up
 from services.core.describe import describe_worker
 from services.core.errors import ExpertfleetError, NotFoundError, UnavailableError
@@ -248,7 +248,7 @@ class FleetWorkers:
 
     def _make(self, worker_id: str, slots: frozenset[Slot], place: int) -> Child:
         settings = self.settings
-        command = [sys.executable, "-m", "expert_service", "--worker-id", worker_id]
+        command = [*WORKER_COMMAND, "--worker-id", worker_id]
         command += ["--slots", format_slots(slots)]
         command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
         threads = settings.num_threads or self._hardware.worker_threads(self._num_planned)

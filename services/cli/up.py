@@ -66,6 +66,9 @@ def up(
     idle_after_s: Annotated[
         float, typer.Option(min=0, help="with --autoscale: until idle room is given back")
     ] = 30.0,
+    spare: Annotated[
+        bool, typer.Option(help="keep a process ready that becomes the next worker")
+    ] = True,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="gateway and engine together")] = False,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="experts inside the shard's process")
@@ -115,6 +118,7 @@ def up(
             idle_after_s=idle_after_s,
         ),
         external_workers=external_workers,
+        keeps_spare=spare,
     )
     listener = open_listener(settings.host, settings.port, reuse_port=False)
     folder = StateFolder(state_dir or settings.state_dir or default_state_dir())

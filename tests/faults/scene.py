@@ -230,6 +230,7 @@ def _role(command: list[str], name: str) -> str:
     if "--worker-id" in command:
         return command[command.index("--worker-id") + 1]
     for part, role in (
+        ("expert_service.spare", name if name.startswith("expert-") else "spare"),
         ("AttentionShard", "shard"),
         ("shard_server", "shard"),
         (":Gateway", "gateway"),

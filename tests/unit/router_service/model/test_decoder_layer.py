@@ -42,8 +42,14 @@ def layer(
         linear(q_size + 2 * kv_size, HIDDEN_SIZE), linear(HIDDEN_SIZE, q_size)
     )
     gate = TopKGate(torch.randn(NUM_EXPERTS, HIDDEN_SIZE).to(dtype), num_experts_per_tok=3)
-    matrices = [torch.randn(40, HIDDEN_SIZE), torch.randn(HIDDEN_SIZE, 40), torch.randn(40, HIDDEN_SIZE)]
-    dense = PackedExpert(ExpertWeights(w1=matrices[0], w2=matrices[1], w3=matrices[2]), dtype=dtype, device=CPU)
+    matrices = [
+        torch.randn(40, HIDDEN_SIZE),
+        torch.randn(HIDDEN_SIZE, 40),
+        torch.randn(40, HIDDEN_SIZE),
+    ]
+    dense = PackedExpert(
+        ExpertWeights(w1=matrices[0], w2=matrices[1], w3=matrices[2]), dtype=dtype, device=CPU
+    )
     return DecoderLayer(
         input_norm=norms[0],
         attention=attention,
