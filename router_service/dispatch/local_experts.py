@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from router_service.dispatch.dispatch_plan import all_assignments, group_by_expert
+from router_service.dispatch.dispatch_plan import GatedTokens, all_assignments, group_by_expert
 from router_service.dispatch.dispatch_telemetry import record_layer
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.expert_load import ExpertLoad
@@ -25,6 +24,7 @@ from services.core.expert_ffn import (
     computed_digest,
     moe_forward,
 )
+from services.core.kernels.moe import NativeLayer
 from services.core.quantization.formats import WeightsSetting, chosen_format
 from services.core.quantization.quantized_rows import stored_format
 from services.core.registry import Slot
@@ -49,6 +49,7 @@ class LocalExperts:
         `wire_format`: round rows as that wire would.
         """
         self._layers = layers
+        self._native_layers = [_native_layer(experts) for experts in layers]
         self._digests = digests
         self._num_experts = len(layers[0])
         self._wire_format = wire_format
@@ -115,21 +116,26 @@ class LocalExperts:
         context: StepContext,
     ) -> Tensor:
         started_ns = time.perf_counter_ns()
-        gated = group_by_expert(topk_ids.cpu(), topk_weights.cpu(), self._num_experts)
-        self._load.add(layer, gated.rows_per_expert)
-        assignments = all_assignments(gated).to(hidden_states.device)
-        output = self._compute(layer, hidden_states, assignments)
+        native = self._native_layers[layer]
+        if native is not None and self._wire_format is None:
+            output, rows_per_expert = native.forward(hidden_states, topk_ids, topk_weights)
+        else:
+            gated = self._grouped(topk_ids, topk_weights)
+            rows_per_expert = gated.rows_per_expert
+            assignments = all_assignments(gated).to(hidden_states.device)
+            output = self._compute(layer, hidden_states, assignments)
+        self._load.add(layer, rows_per_expert)
         ended_ns = time.perf_counter_ns()
         self._timings.num_calls += 1
         self._timings.expert_ns += ended_ns - started_ns
         if context.trace is not None:
-            context.trace.later(
-                partial(
-                    record_layer,
+            trace = context.trace
+            trace.later(
+                lambda: record_layer(
                     self._tracer,
-                    context.trace,
+                    trace,
                     layer,
-                    gated,
+                    self._grouped(topk_ids, topk_weights),
                     started_ns=started_ns,
                     ended_ns=ended_ns,
                 )
@@ -139,6 +145,9 @@ class LocalExperts:
     def take_timings(self) -> DispatchTimings:
         """Where the time of layer calls went since the last call of this; all of it is experts'."""
         return self._timings.take()
+
+    def _grouped(self, topk_ids: Tensor, topk_weights: Tensor) -> GatedTokens:
+        return group_by_expert(topk_ids.cpu(), topk_weights.cpu(), self._num_experts)
 
     def _compute(self, layer: int, hidden_states: Tensor, assignments: Assignments) -> Tensor:
         experts, wire_format = self._layers[layer], self._wire_format
@@ -166,3 +175,9 @@ class LocalExperts:
 
     async def close(self) -> None:
         return
+
+
+def _native_layer(experts: Mapping[int, PackedExpert]) -> NativeLayer | None:
+    native = [experts[expert].native for expert in range(len(experts))]
+    found = [expert for expert in native if expert is not None]
+    return NativeLayer(found) if found and len(found) == len(native) else None

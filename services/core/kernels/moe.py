@@ -8,7 +8,9 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.core.kernels.library import NativeLibrary
@@ -95,6 +97,43 @@ def native_moe(frames: Sequence[NativeFrame], parts: Sequence[NativePart]) -> No
         raise IndexError("token_rows has rows that hidden_states has not")
 
 
+class NativeLayer:
+    """All experts of a layer, for who holds every one of them."""
+
+    def __init__(self, experts: Sequence[NativeExpert]) -> None:
+        """In the order of their ids."""
+        self._experts = tuple(experts)
+        self._addresses = array("q", [expert.address for expert in experts])
+        self._forward = _declared(experts[0].library).ef_moe_gated
+
+    def forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> tuple[Tensor, NDArray[np.int64]]:
+        """[T, H], float32 or bfloat16, the gate's int64 [T, K] and float32 [T, K], on the CPU ->
+        [T, H], and the rows of each expert [E]. The bits are those of `native_moe`."""
+        rows, ids, weights = (
+            tensor.contiguous() for tensor in (hidden_states, topk_ids, topk_weights)
+        )
+        if rows.shape[1] != self._experts[0].hidden_size:
+            raise ValueError(f"rows of {rows.shape[1]}, not of {self._experts[0].hidden_size}")
+        assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
+        output = torch.zeros_like(rows)
+        rows_per_expert = np.empty(len(self._experts), dtype=np.int64)
+        self._forward(
+            self._addresses.buffer_info()[0],
+            len(self._experts),
+            rows.data_ptr(),
+            len(rows),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            ids.shape[1],
+            output.data_ptr(),
+            rows_per_expert.ctypes.data,
+            ACTIVATIONS[rows.dtype],
+        )
+        return output, rows_per_expert
+
+
 def _address(values: Tensor | None, dtype: torch.dtype, held: list[Tensor]) -> int:
     """Of contiguous values of the dtype, which `held` keeps alive; 0 for None."""
     if values is None:
@@ -109,4 +148,9 @@ def _declared(library: NativeLibrary) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     functions.ef_moe_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32]
     functions.ef_moe_forward.restype = ctypes.c_int32
+    functions.ef_moe_gated.argtypes = [
+        *(pointer, ctypes.c_int64, pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int64),
+        *(pointer, pointer, ctypes.c_int32),
+    ]
+    functions.ef_moe_gated.restype = None
     return functions

@@ -3,6 +3,7 @@
 
 #include "moe.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "elementwise.h"
@@ -177,6 +178,41 @@ int32_t ef_moe_forward(const expertfleet::MoeFrame* frames, const expertfleet::M
   }
   moe_forward(frames, parts, num_parts, static_cast<Activation>(type));
   return 1;
+}
+
+// All experts of a layer as the gate chose: output [num_tokens, hidden_size], zeros at first, from
+// hidden_states of that shape, topk_ids below num_experts and topk_weights [num_tokens, top_k].
+// Writes how many tokens each expert got, rows_per_expert [num_experts].
+void ef_moe_gated(const expertfleet::Expert* const* experts, int64_t num_experts,
+                  const uint8_t* hidden_states, int64_t num_tokens, const int64_t* topk_ids,
+                  const float* topk_weights, int64_t top_k, uint8_t* output,
+                  int64_t* rows_per_expert, int32_t type) {
+  using namespace expertfleet;
+  const int64_t num_assignments = num_tokens * top_k;
+  static thread_local std::vector<int64_t> token_rows, starts;
+  static thread_local std::vector<float> weights;
+  static thread_local std::vector<MoePart> parts;
+  token_rows.resize(num_assignments);
+  weights.resize(num_assignments);
+  starts.resize(num_experts);
+  parts.clear();
+  std::fill(rows_per_expert, rows_per_expert + num_experts, 0);
+  for (int64_t i = 0; i < num_assignments; ++i) ++rows_per_expert[topk_ids[i]];
+  int64_t start = 0;
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    const int64_t count = rows_per_expert[expert];
+    if (count) parts.push_back({experts[expert], 0, start, count});
+    starts[expert] = start;
+    start += count;
+  }
+  for (int64_t i = 0; i < num_assignments; ++i) {
+    const int64_t place = starts[topk_ids[i]]++;
+    token_rows[place] = i / top_k;
+    weights[place] = topk_weights[i];
+  }
+  const MoeFrame frame{hidden_states, num_tokens, token_rows.data(), weights.data(), output, 1};
+  moe_forward(&frame, parts.data(), static_cast<int64_t>(parts.size()),
+              static_cast<Activation>(type));
 }
 #pragma GCC visibility pop
 }

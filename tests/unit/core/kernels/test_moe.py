@@ -7,13 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.core.expert_ffn import Assignments, MoeInput, PackedExpert, moe_forward_each
+from router_service.dispatch.dispatch_plan import all_assignments, group_by_expert
+from services.core.expert_ffn import (
+    Assignments,
+    MoeInput,
+    PackedExpert,
+    moe_forward,
+    moe_forward_each,
+)
 from services.core.kernels.choice import native_kernels_for
 from services.core.kernels.library import Isa, NativeLibrary
+from services.core.kernels.moe import NativeLayer
 from services.core.quantization.formats import QuantizedFormat
 from tests.support.checkpoints import fresh_seed
 from tests.support.frames import random_assignments, random_weights
 from tests.support.kernels import built_library, limited_to
+from tests.support.moe_layers import random_gate
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 72, 100, 5
 CPU = torch.device("cpu")
@@ -111,6 +120,29 @@ def test_roundings_are_torchs_bit_for_bit_where_sums_are_exact(
         (result,), (expected,) = (moe_forward_each(e, [frame]) for e in (native, torchs))
         assert torch.equal(result, expected)
         assert result.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 2, NUM_EXPERTS])
+def test_all_experts_as_the_gate_chose_give_the_bits_of_their_assignments(
+    isa: Isa, generator: torch.Generator, dtype: torch.dtype, top_k: int
+) -> None:
+    experts, _ = random_experts(generator, dtype)
+    layer = NativeLayer([one for e in experts.values() if (one := e.native) is not None])
+    for num_tokens in (0, 1, 3, 1300):
+        hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
+        ids, weights = random_gate(
+            generator, num_tokens=num_tokens, num_experts=NUM_EXPERTS, top_k=top_k
+        )
+        gated = group_by_expert(ids, weights, NUM_EXPERTS)
+        expected = moe_forward(experts, hidden_states, all_assignments(gated), combine=True)
+        apart = torch.cat([hidden_states, hidden_states], dim=1)[:, :HIDDEN]
+        for rows in (hidden_states, apart):
+            output, rows_per_expert = layer.forward(rows, ids, weights)
+            assert torch.equal(output, expected)
+            assert rows_per_expert.tolist() == gated.rows_per_expert.tolist()
+    with pytest.raises(ValueError, match="not of 72"):
+        layer.forward(torch.zeros(1, 71, dtype=dtype), ids[:1], weights[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
