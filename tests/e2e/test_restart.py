@@ -84,11 +84,19 @@ def test_a_model_of_another_shape_is_refused_and_nothing_changes(
     assert _pids(restarted, "workers") == before
 
 
-def test_a_worker_that_hangs_is_replaced(restarted: Product) -> None:
+def test_a_worker_that_hangs_is_replaced_by_the_spare_process(restarted: Product) -> None:
+    wait_until(lambda: "spare" in _command(restarted, "status"), what="a spare process")
+    (spare,) = (
+        each.pid
+        for each in restarted.family()
+        if "expert_service.spare" in each.cmdline() and not each.name().startswith("expert-")
+    )
     victim = psutil.Process(min(_pids(restarted, "workers")))
     victim.send_signal(signal.SIGSTOP)
     wait_until(lambda: not victim.is_running(), what="the hung worker ended")
     wait_until(lambda: len(_pids(restarted, "workers")) == 2, what="its successor")
+    assert spare in _pids(restarted, "workers")
+    assert psutil.Process(spare).name().startswith("expert-")
 
 
 def test_the_status_lists_every_process(restarted: Product) -> None:
