@@ -17,7 +17,7 @@ from pathlib import Path
 from services.cli.child import ChildSpec, end_group, spawn_process
 from services.cli.startup import memory_available
 
-RENEW_AFTER_S = 15.0
+RENEW_AFTER_S = 5.0
 """From when a spare was wanted until there is another: whatever called for the first is over."""
 WORKER_COMMAND = (sys.executable, "-m", "expert_service")
 _SPARE_COMMAND = (*WORKER_COMMAND[:-1], "expert_service.spare")
