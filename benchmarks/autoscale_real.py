@@ -1,17 +1,17 @@
 """A compressed day of demand on real processes: worker-seconds with the autoscaler and without.
 
 The product serves a random checkpoint in which the experts are most of the work, as `up --workers
-1`, as `up --workers 1 --autoscale --max-workers N` and as `up --workers N`, under the same requests
-at the same times. At its peak demand is more than one worker was seen to take. Worker-seconds are
-those of the workers' leases.
-
-What can be shown on one machine is workers that need not be held, not throughput beyond its cores.
+N`, as `up --workers M --autoscale --max-workers N`, and with one worker less than N, under the same
+requests at the same times. Every worker is held to a share of a core once it serves, as a pod
+with a CPU limit is, so that N of them fit beside shard, gateway and clients. Peak demand is a share
+of what N workers were seen to take. Worker-seconds are those of the workers' leases.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import tempfile
 import time
@@ -19,8 +19,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.fleet_watch import FleetWatch, StreamLoad
+from benchmarks.cpu_quota import CpuQuotas, cpu_quotas
+from benchmarks.fleet_watch import POLL_S, FleetWatch, StreamLoad
 from benchmarks.hot_checkpoint import ORDINARY_TOKENS, write_hot_checkpoint
+from benchmarks.hot_checkpoint import SHAPE as HOT_SHAPE
 from benchmarks.machine import describe_machine
 from benchmarks.time_plot import Series, draw_over_time
 from services.cli.state_folder import RunningInstance
@@ -31,14 +33,15 @@ PROMPT_TOKENS = 240
 MAX_TOKENS = 4
 """Mostly prompts, whose work grows with their tokens. A step that only decodes takes a worker as
 long for one row as for eight, so that with few requests it is as busy as with many."""
+WORKER_CORES = 0.25
+SHAPE = dataclasses.replace(HOT_SHAPE, intermediate_size=3584, num_hidden_layers=4)
 CALIBRATION_STREAMS = 8
-CALIBRATION_S = 8.0
-PEAK_SHARE = 1.1
-"""Of what one worker takes: a fixed fleet of one falls behind. Two take little more, where they
-share two cores with the shard."""
+CALIBRATION_S = 10.0
+PEAK_SHARE = 0.66
+"""Of what the largest fleet takes: about what keeps it as busy as the policy wants it."""
 IDLE_AFTER_S = 5.0
 WARM_UP_S = 2.0
-SETTLE_S = 25.0
+SETTLE_S = 12.0
 """Until the launcher has the spare process that it keeps."""
 
 
@@ -62,26 +65,27 @@ def run_real(
     """Run three fleets through one day, `share_of_peak` given in days; writes the report to `out`
     and returns it."""
     out.mkdir(parents=True, exist_ok=True)
-    scaling = ["--autoscale", "--max-workers", str(max_workers)]
+    scaling = ["--autoscale", "--max-workers", str(max_workers), "--no-shadow-copies"]
     scaling += ["--idle-after-s", str(IDLE_AFTER_S)]
     fleets: list[tuple[str, int, list[str]]] = [
-        ("fixed, 1", 1, []),
-        ("autoscaled", 1, scaling),
         (f"fixed, {max_workers}", max_workers, []),
+        ("autoscaled", max(1, max_workers // 2), scaling),
+        (f"fixed, {max_workers - 1}", max_workers - 1, []),
     ]
     peak: float | None = None
     days = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, cpu_quotas() as quotas:
         folder = Path(name)
-        model = write_hot_checkpoint(folder / "model")
+        model = write_hot_checkpoint(folder / "model", SHAPE)
         for number, fleet in enumerate(fleets):
             state = folder / f"state-{number}"
-            day, peak = asyncio.run(_day(*fleet, model, state, share_of_peak, day_s, peak))
+            running = _running(quotas, model, state, fleet)
+            day, peak = asyncio.run(_day(fleet[0], running, share_of_peak, day_s, peak))
             days.append(day)
     assert peak is not None
-    _, scaled_day, fixed_day = days
     text = _report(days, peak, day_s)
     (out / "autoscale-trace.md").write_text(text)
+    fixed_day, scaled_day, _ = days
     demand = [(step / 100 * day_s, share_of_peak(step / 100)) for step in range(100)]
     series = [
         Series(name="demand, of the peak", points=demand),
@@ -94,18 +98,13 @@ def run_real(
 
 async def _day(
     name: str,
-    num_workers: int,
-    arguments: Sequence[str],
-    model: Path,
-    folder: Path,
+    running: contextlib.AbstractAsyncContextManager[tuple[Product, FleetWatch]],
     share_of_peak: Callable[[float], float],
     day_s: float,
     peak: float | None,
 ) -> tuple[RealDay, float]:
-    """The day, begun with `num_workers`, and the requests per second at its peak: `peak`, or what
-    is measured first."""
-    arguments = ["--workers", str(num_workers), *arguments]
-    async with _running(model, folder, arguments) as (product, watch):
+    """The day, and the requests per second at its peak: `peak`, or what is measured first."""
+    async with running as (product, watch):
         warm = _load(product)
         started = time.perf_counter()
         if peak is None:
@@ -143,11 +142,12 @@ def _load(product: Product) -> StreamLoad:
 
 @contextlib.asynccontextmanager
 async def _running(
-    model: Path, folder: Path, arguments: Sequence[str]
+    quotas: CpuQuotas, model: Path, folder: Path, fleet: tuple[str, int, Sequence[str]]
 ) -> AsyncIterator[tuple[Product, FleetWatch]]:
+    _, num_workers, arguments = fleet
     product = Product(
         folder,
-        *("--no-ray", "--dtype", "bfloat16", *arguments),
+        *("--no-ray", "--dtype", "bfloat16", "--workers", str(num_workers), *arguments),
         model=model,
         environment={"EXPERTFLEET_NUM_THREADS": "1"},
     )
@@ -155,25 +155,35 @@ async def _running(
     store = RunningInstance.find(folder).run_folder / "store.sock"
     registry = RedisRegistry(f"unix://{store}", fleet="default")
     watch = FleetWatch(registry=registry, seen=[])
-    watching = asyncio.create_task(watch.run())
+    tasks = [asyncio.create_task(watch.run()), asyncio.create_task(_limit(watch, quotas))]
     try:
         yield product, watch
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await registry.close()
         await asyncio.to_thread(product.stop)
 
 
+async def _limit(watch: FleetWatch, quotas: CpuQuotas) -> None:
+    """Until cancelled: hold workers to their share from when they serve on."""
+    while True:
+        for worker in watch.seen[-1][1].workers if watch.seen else ():
+            if worker.state == "ready" and worker.pid not in quotas.pids:
+                quotas.limit(worker.pid, WORKER_CORES)
+        await asyncio.sleep(POLL_S)
+
+
 def _report(days: Sequence[RealDay], peak: float, day_s: float) -> str:
-    single, scaled, fixed = days
+    fixed, scaled, fewer = days
     lines = [
         "# A compressed day",
         "",
         f"{datetime.date.today()}, {describe_machine()}. `python -m benchmarks.autoscale_trace "
         f"--real`: a day of {day_s:.0f} s whose demand rises and falls by 1 : 0.4, at most "
         f"{peak:.1f} requests of {PROMPT_TOKENS} + {MAX_TOKENS} tokens a second; workers of one "
-        "thread.",
+        f"thread, held to {WORKER_CORES} of a core.",
         "",
         "![workers and demand over the day](autoscale-trace.svg)",
         "",
@@ -190,8 +200,8 @@ def _report(days: Sequence[RealDay], peak: float, day_s: float) -> str:
     lines += [
         "",
         f"Worker-seconds saved: {saving:.1%} of those of {fixed.name}, at "
-        f"{_ratio(scaled, fixed):.2f} times its p99. With one worker all day the p99 is "
-        f"{_ratio(single, scaled):.1f} times that of the autoscaled fleet.",
+        f"{_ratio(scaled, fixed):.2f} times its p99; {fewer.name}, has "
+        f"{_ratio(fewer, fixed):.2f} times that p99.",
     ]
     return "\n".join(lines) + "\n"
 

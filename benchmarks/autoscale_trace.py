@@ -100,17 +100,17 @@ def compare(*, period_s: float = 1200.0, num_days: int = 1) -> tuple[Outcome, Ou
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A compressed day of demand.")
-    parser.add_argument("--period-s", type=float, help="one compressed day; 1200, real 200")
+    parser.add_argument("--period-s", type=float, help="one compressed day; 1200, real 240")
     parser.add_argument("--days", type=int, default=1, help="of the simulation")
     parser.add_argument("--real", action="store_true", help="real processes on this machine")
-    parser.add_argument("--max-workers", type=int, default=2, help="of the real fleets")
+    parser.add_argument("--max-workers", type=int, default=4, help="of the real fleets")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the real run's report")
     given = parser.parse_args(arguments)
     if given.real:
         # It begins at noon, so that rise, peak and fall lie in one day.
         text = run_real(
             lambda days: share_of_peak(days + 0.5),
-            day_s=given.period_s or 200.0,
+            day_s=given.period_s or 240.0,
             max_workers=given.max_workers,
             out=given.out,
         )
