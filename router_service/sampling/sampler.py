@@ -20,6 +20,8 @@ from router_service.sampling.filters import draw, largest, token_weights
 from router_service.sampling.penalties import SamplingRow, penalise
 from services.core.errors import NonFiniteError
 from services.core.generation import TokenLogprob
+from services.core.kernels.choice import native_kernels_for
+from services.core.kernels.row_ops import greedy_tokens
 
 __all__ = ["SampledToken", "Sampler", "SamplingRow"]
 
@@ -48,6 +50,10 @@ class Sampler:
         if not rows:
             return []
         scores = penalise(logits, rows)
+        if scores is logits and all(_is_plain(row) for row in rows):
+            plain = _greedy(logits, rows)
+            if plain is not None:
+                return plain
         token_ids = _likeliest(scores)
         is_sound = _is_finite(logits) & scores.gather(1, token_ids[:, None])[:, 0].isfinite()
         self._draw(scores, rows, token_ids)
@@ -74,6 +80,25 @@ class Sampler:
             weights = token_weights(chosen, [rows[index].params for index in part])
             uniforms = [uniform(rows[index].seed, rows[index].position) for index in part]
             token_ids[where] = draw(weights, uniforms).clamp_(max=scores.shape[1] - 1)
+
+
+def _is_plain(row: SamplingRow) -> bool:
+    """Whether it asks for no more than the likeliest token."""
+    return row.params.temperature <= 0 and row.params.logprobs is None
+
+
+def _greedy(
+    logits: Tensor, rows: Sequence[SamplingRow]
+) -> list[SampledToken | NonFiniteError] | None:
+    """In one native call, which at one row takes less than half the time; None without one."""
+    library = native_kernels_for(logits.dtype, logits.device)
+    if library is None or logits.dtype != torch.float32:
+        return None
+    token_ids, is_finite = greedy_tokens(library, logits)
+    return [
+        SampledToken(token_id=token_id) if is_sound else _non_finite(logits[index], rows[index])
+        for index, (token_id, is_sound) in enumerate(zip(token_ids, is_finite, strict=True))
+    ]
 
 
 def _likeliest(scores: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A row's bits depend on that row and the weights alone; AVX2 and AVX-512 give the
 from __future__ import annotations
 
 import ctypes
+from array import array
 
 import torch
 from torch import Tensor
@@ -66,3 +67,20 @@ def topk_gate(
         ctypes.c_int32(_ELEMENTS[x.dtype]),
     )
     return topk_ids, topk_weights
+
+
+def greedy_tokens(library: NativeLibrary, logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row of logits float32 [R, V] the likeliest token, of equals the one with the lowest
+    id, and whether the row is finite; the token of one that is not is any."""
+    logits = logits.contiguous()
+    num_rows, size = logits.shape
+    token_ids = array("q", bytes(8 * num_rows))
+    is_finite = bytearray(num_rows)
+    library.functions.ef_greedy_tokens(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(num_rows),
+        ctypes.c_int64(size),
+        ctypes.c_void_p(token_ids.buffer_info()[0]),
+        (ctypes.c_uint8 * num_rows).from_buffer(is_finite),
+    )
+    return token_ids.tolist(), [bool(each) for each in is_finite]

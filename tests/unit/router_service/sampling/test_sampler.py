@@ -30,9 +30,12 @@ from router_service.sampling.penalties import penalise
 from router_service.sampling.sampler import SampledToken, Sampler, SamplingRow
 from services.core.errors import NonFiniteError
 from services.core.generation import SamplingParams
+from services.core.kernels.library import native_library
+from services.core.kernels.row_ops import greedy_tokens
 from tests.support.checkpoints import fresh_seed
 
 VOCAB_SIZE = 300
+needs_native = pytest.mark.skipif(native_library() is None, reason="kernels are not built")
 
 
 def row(
@@ -83,6 +86,26 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first() -> None:
     tokens = sample(logits, [row(temperature=0.0)] * 4)
     assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
     assert tokens[1].token_id == 7
+
+
+@needs_native
+@pytest.mark.parametrize("vocab_size", [1, 5, 16, 255, 256, 257, 32000])
+def test_the_native_greedy_token_is_the_first_of_the_largest_and_what_is_not_finite_is_told(
+    vocab_size: int,
+) -> None:
+    library = native_library()
+    assert library is not None
+    # With many equals, and zeros of both signs.
+    logits = torch.randn(40, vocab_size).mul_(3).round_()
+    logits[1::8] = -logits[1::8].abs()
+    logits[2::8] = -float(torch.finfo(torch.float32).max)
+    for row, bad in ((3, float("nan")), (11, float("inf")), (19, -float("inf"))):
+        logits[row, int(torch.randint(vocab_size, ()))] = bad
+    token_ids, is_finite = greedy_tokens(library, logits)
+    assert is_finite == logits.isfinite().all(-1).tolist()
+    likeliest = logits.numpy().argmax(-1).tolist()
+    for token_id, expected, is_sound in zip(token_ids, likeliest, is_finite, strict=True):
+        assert token_id == expected if is_sound else 0 <= token_id < vocab_size
 
 
 def test_no_rows_give_no_tokens() -> None:
