@@ -41,6 +41,7 @@ PEAK_SHARE = 0.66
 """Of what the largest fleet takes: about what keeps it as busy as the policy wants it."""
 IDLE_AFTER_S = 5.0
 WARM_UP_S = 2.0
+TEARDOWN_S = 10.0
 SETTLE_S = 12.0
 """Until the launcher has the spare process that it keeps."""
 
@@ -82,6 +83,7 @@ def run_real(
             running = _running(quotas, model, state, fleet)
             day, peak = asyncio.run(_day(fleet[0], running, share_of_peak, day_s, peak))
             days.append(day)
+            print(f"{day.name}: {day.worker_seconds:.0f} worker-s, p99 {day.p99_answer_ms:.0f} ms")
     assert peak is not None
     text = _report(days, peak, day_s)
     (out / "autoscale-trace.md").write_text(text)
@@ -161,7 +163,7 @@ async def _running(
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=TEARDOWN_S)
         await registry.close()
         await asyncio.to_thread(product.stop)
 
