@@ -8,10 +8,9 @@ import secrets
 from collections.abc import Awaitable
 from typing import Protocol, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+from services.core.redis_client import unbounded_redis
 
 _RENEW = """
 local holder = redis.call('get', KEYS[1])
@@ -57,12 +56,7 @@ class RedisLeader:
         self._token = secrets.token_hex(8)
         self._ttl_ms = round(ttl_s * 1000)
         self._timeout_s = timeout_s
-        self._redis = Redis.from_url(
-            redis_url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 1),
-        )
+        self._redis = unbounded_redis(redis_url, connect_timeout_s=timeout_s)
 
     async def holds(self) -> bool:
         return await self._call(_RENEW, self._ttl_ms)

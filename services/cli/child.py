@@ -119,7 +119,8 @@ class Child:
         if process is not None and process.returncode is None:
             _signal(process.pid, number)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await process.wait()
         if process is not None:
             await end_group(process)
         if self._watcher is not None:

@@ -11,12 +11,10 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from services.core.errors import UnavailableError
+from services.core.redis_client import unbounded_redis
 from services.core.registry import FleetSnapshot, ShardRecord, WorkerRecord, lease_id
 from services.core.registry_json import RecordError, decode_record, encode_record
 
@@ -33,13 +31,7 @@ class RedisRegistry:
         self._index_key = f"expertfleet:{fleet}:leases"
         self._lease_prefix = f"expertfleet:{fleet}:lease:"
         self._logged: set[bytes] = set()
-        self._redis = Redis.from_url(
-            redis_url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            # Once more at once: a pooled connection may have died with the server's last restart.
-            retry=Retry(NoBackoff(), 1),
-        )
+        self._redis = unbounded_redis(redis_url, connect_timeout_s=timeout_s)
 
     async def publish(self, record: WorkerRecord | ShardRecord, lease_s: float) -> None:
         await self._bounded(self._publish(record, lease_s))

@@ -10,10 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+from services.core.redis_client import unbounded_redis
 
 
 def session_index_key(fleet: str) -> str:
@@ -34,12 +33,7 @@ class RedisSessionCount:
         self._key = session_index_key(fleet)
         self._timeout_s = timeout_s
         self._clock = clock
-        self._redis = Redis.from_url(
-            redis_url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 1),
-        )
+        self._redis = unbounded_redis(redis_url, connect_timeout_s=timeout_s)
 
     async def __call__(self) -> int | None:
         """Sessions that have not ended; None when the store cannot tell."""

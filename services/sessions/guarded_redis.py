@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from services.core.errors import ConfigurationError, UnavailableError
+from services.core.redis_client import unbounded_redis
 from services.sessions.circuit_breaker import CircuitBreaker
 
 CONNECT_TIMEOUT_S = 0.5
@@ -76,13 +75,7 @@ class GuardedRedis:
 def _client(redis_url: str, connect_timeout_s: float) -> Redis:
     """No connection is made yet."""
     try:
-        return Redis.from_url(
-            redis_url,
-            socket_connect_timeout=connect_timeout_s,
-            socket_timeout=None,  # a whole round trip has a bound instead
-            # Once more at once: a pooled connection may have died with the server's last restart.
-            retry=Retry(NoBackoff(), 1),
-        )
+        return unbounded_redis(redis_url, connect_timeout_s=connect_timeout_s)
     except ValueError as error:
         raise ConfigurationError(
             f"REDIS_URL cannot be used: {error}", setting="redis_url"

@@ -165,3 +165,28 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         pytest.raises(UnavailableError, match="in use"),
     ):
         start_server(tmp_path / "second", port=server.port)
+
+
+async def test_a_task_that_reads_on_and_on_ends_whenever_it_is_cancelled(
+    server: StoreServer,
+) -> None:
+    """Also as a command has just been sent: shards and launchers wait for the end of such tasks."""
+    registry = patient_registry(server.url, "cancelled")
+    await registry.publish(worker_record("w"), 60.0)
+
+    async def read_on() -> None:
+        while True:
+            await registry.snapshot()
+
+    for turns in range(60):
+        task = asyncio.create_task(read_on())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=2.0)
+        has_ended = task.done()
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        assert has_ended, f"went on after being cancelled at turn {turns}"
+    await registry.close()

@@ -113,7 +113,8 @@ class ConsoleFeed:
                 self._is_wanted.set()
                 if self._version == seen:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._changed.wait(), keep_alive_s)
+                        async with asyncio.timeout(keep_alive_s):
+                            await self._changed.wait()
                 is_new, seen = self._version != seen, self._version
                 yield self._json if is_new else None
         finally:
@@ -130,7 +131,8 @@ class ConsoleFeed:
                 await self._refresh()
             self._is_wanted.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_wanted.wait(), self._idle_interval_s)
+                async with asyncio.timeout(self._idle_interval_s):
+                    await self._is_wanted.wait()
 
     async def _refresh(self) -> None:
         """Read the registry, unless that was just done. One caller at a time reads."""
