@@ -21,9 +21,12 @@ _PR_SET_NAME = 15
 
 
 def main() -> int:
-    importing = threading.Thread(target=_import_worker, name="import")
+    has_imported = threading.Event()
+    importing = threading.Thread(target=_import_worker, args=(has_imported,), name="import")
     importing.start()
     importing.join()
+    if not has_imported.is_set():
+        return 1
     os.write(sys.stdout.fileno(), READY)
     line = sys.stdin.buffer.readline()
     if not line:
@@ -39,7 +42,7 @@ def main() -> int:
     return become_worker()
 
 
-def _import_worker() -> None:
+def _import_worker(has_imported: threading.Event) -> None:
     """It takes a core for two seconds, and nobody waits for it. On Linux a thread has a priority of
     its own, which only root could raise again, and a session may have one too, which can be."""
     if sys.platform == "linux":
@@ -48,6 +51,7 @@ def _import_worker() -> None:
     import expert_service.__main__  # noqa: F401
 
     _set_session_priority(0)
+    has_imported.set()
 
 
 def _set_session_priority(value: int) -> None:
