@@ -100,6 +100,17 @@ async def test_a_spare_that_was_killed_is_not_used(spare: SpareProcess, tmp_path
     assert await _ready(spare) != dead
 
 
+async def test_a_spare_that_cannot_import_is_none(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('broken')")
+    spare = SpareProcess({"PYTHONPATH": str(tmp_path)}, tmp_path / "spare.log", renew_after_s=0.0)
+    spare.start()
+    log = tmp_path / "spare.log"
+    await eventually(lambda: log.exists() and "broken" in log.read_text(), timeout_s=60)
+    await eventually(lambda: spare._process is None, timeout_s=60)
+    assert spare.pid is None
+    await spare.stop()
+
+
 async def test_a_supervised_worker_that_dies_comes_back_from_the_spare(
     spare: SpareProcess, tmp_path: Path
 ) -> None:
