@@ -41,7 +41,6 @@ PEAK_SHARE = 0.66
 """Of what the largest fleet takes: about what keeps it as busy as the policy wants it."""
 IDLE_AFTER_S = 5.0
 WARM_UP_S = 2.0
-TEARDOWN_S = 10.0
 SETTLE_S = 12.0
 """Until the launcher has the spare process that it keeps."""
 
@@ -163,7 +162,7 @@ async def _running(
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=TEARDOWN_S)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await registry.close()
         await asyncio.to_thread(product.stop)
 

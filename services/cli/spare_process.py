@@ -45,13 +45,13 @@ class SpareProcess:
         )
         self._renew_after_s = renew_after_s
         self._process: asyncio.subprocess.Process | None = None
-        self._is_ready = False
         self._keeping: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
         """Of a spare that is ready."""
-        return self._process.pid if self._process is not None and self._is_ready else None
+        is_made = self._keeping is not None and self._keeping.done()
+        return self._process.pid if self._process is not None and is_made else None
 
     def status(self) -> list[dict[str, object]]:
         """Of the spare, if there is one."""
@@ -61,13 +61,13 @@ class SpareProcess:
 
     def start(self) -> None:
         """Have a spare from now on."""
-        self._keep()
+        self._keeping = asyncio.create_task(self._make_one(), name="spare-process")
 
     async def renew(self) -> None:
         """End the spare; there will be another."""
         if self._keeping is not None:
             await self.stop()
-            self._keep()
+            self.start()
 
     async def stop(self) -> None:
         if self._keeping is not None:
@@ -86,8 +86,8 @@ class SpareProcess:
             return None
         if self._keeping is None or not self._keeping.done():
             return None
-        process, self._process, self._is_ready = self._process, None, False
-        self._keep()
+        process, self._process = self._process, None
+        self.start()
         if process is None or process.returncode is not None:
             return None
         role = {
@@ -107,24 +107,17 @@ class SpareProcess:
         _logger.info("spare process %d is %s now", process.pid, spec.name)
         return process
 
-    def _keep(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
-        self._keeping = asyncio.create_task(self._make_one(), name="spare-process")
-
     async def _make_one(self) -> None:
         await asyncio.sleep(self._renew_after_s)
         if memory_available() < _LEAST_MEMORY_LEFT:
             return
         self._process = await spawn_process(self._spec, talks=True)
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        self._is_ready = line != b""
-        if not self._is_ready:
+        if not await self._process.stdout.readline():
             await self._end()
             _logger.warning("no spare process: it ended at once; see %s", self._spec.log_file)
 
     async def _end(self) -> None:
-        process, self._process, self._is_ready = self._process, None, False
+        process, self._process = self._process, None
         if process is not None:
             await end_group(process)

@@ -55,10 +55,11 @@ class NativeAttentionPart:
         gate: Tensor | None,
         num_experts_per_tok: int,
     ) -> None:
-        """Norms [H] and `gate` [E, H] are contiguous, in the dtype of the activations."""
+        """Norms [H] and `gate` [E, H] are contiguous, in the dtype of the activations. Without a
+        gate `num_experts_per_tok` is 0."""
         self._held = (input_norm, qkv_proj, o_proj, post_attention_norm, gate)
         self._num_experts = 0 if gate is None else len(gate)
-        self._num_experts_per_tok = num_experts_per_tok if gate is not None else 0
+        self._num_experts_per_tok = num_experts_per_tok
         width = qkv_proj.out_features + o_proj.in_features + qkv_proj.in_features
         self._scratch_bytes = width * input_norm.itemsize + _LOGIT_BYTES * self._num_experts
         self._struct = AttentionPartStruct(
