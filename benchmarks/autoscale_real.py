@@ -106,7 +106,7 @@ async def _day(
 ) -> tuple[RealDay, float]:
     """The day, and the requests per second at its peak: `peak`, or what is measured first."""
     async with running as (product, watch):
-        warm = _load(product)
+        warm = _load(product, seed=1)
         started = time.perf_counter()
         if peak is None:
             await warm.streams([ORDINARY_TOKENS] * CALIBRATION_STREAMS, CALIBRATION_S)
@@ -115,7 +115,7 @@ async def _day(
         else:
             await warm.streams([ORDINARY_TOKENS], WARM_UP_S)
         await asyncio.sleep(SETTLE_S)
-        load = _load(product)
+        load = _load(product, seed=2)
         begin = time.perf_counter()
         at_peak = peak
         await load.arrivals(
@@ -137,8 +137,10 @@ async def _day(
         return day, peak
 
 
-def _load(product: Product) -> StreamLoad:
-    return StreamLoad(url=product.url, prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS)
+def _load(product: Product, *, seed: int) -> StreamLoad:
+    return StreamLoad(
+        url=product.url, prompt_tokens=PROMPT_TOKENS, max_tokens=MAX_TOKENS, seed=seed
+    )
 
 
 @contextlib.asynccontextmanager

@@ -69,6 +69,7 @@ class SimulatedFleet:
         self.lost_rows = 0.0
         self._generated = 0.0
         self._prefilled = 0.0
+        self._steps_s = 0.0
         self._leases: dict[str, WorkerRecord] = {}
         self._num_added = 0
 
@@ -112,6 +113,9 @@ class SimulatedFleet:
             kv_blocks_total=1,
             num_generated_tokens=int(self._generated),
             num_prefilled_tokens=int(self._prefilled),
+            step_s=self._steps_s,
+            full_s=self._steps_s,
+            experts_s=self._steps_s,
             written_at=self.now,
         )
         return FleetSnapshot.of([*self._leases.values(), shard])
@@ -175,6 +179,8 @@ class SimulatedFleet:
             worker.busy_s += worker.utilization * self.tick_s
             if worker.ready_at <= self.now:
                 worker.frames += len(layers_of[name]) * demand.steps_per_s * self.tick_s
+        # Full steps that wait for nothing but the busiest worker.
+        self._steps_s += min(1.0, max(offered.values(), default=0.0)) * self.tick_s
         num_layers = len({layer for layer, _ in demand.rows}) or 1
         tokens = rows_s / num_layers * self.tick_s
         if demand.is_prefill:

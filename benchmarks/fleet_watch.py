@@ -59,13 +59,18 @@ class FleetWatch:
 
 @dataclass(slots=True, kw_only=True)
 class StreamLoad:
-    """Requests, greedy, with random prompts of given tokens; `records` has every one sent."""
+    """Requests, greedy, with random prompts of given tokens; `records` has every one sent. A second
+    load with the same `seed` has the same prompts, which the product may have cached."""
 
     url: str
     prompt_tokens: int
     max_tokens: int
+    seed: int = 0
     records: list[RequestRecord] = field(default_factory=list)
-    _random: random.Random = field(default_factory=lambda: random.Random(0))
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
 
     async def streams(self, vocabularies: Sequence[range], seconds: float) -> None:
         """One client for each vocabulary, asking again and again; those under way are awaited."""

@@ -249,6 +249,9 @@ class AttentionShard:
             endpoint=self._endpoint,
             expert_load=load,
             max_num_seqs=self._max_num_seqs,
+            step_s=stats.timings.step_s,
+            full_s=stats.timings.full_s,
+            experts_s=stats.timings.experts_s,
         )
 
 

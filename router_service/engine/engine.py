@@ -27,6 +27,7 @@ from router_service.engine.late_records import LateRecords
 from router_service.engine.output_stream import OutputHub, OutputStream
 from router_service.engine.request_tracker import ActiveRequest, RequestTracker
 from router_service.engine.request_validation import validate_request
+from router_service.engine.step_fill import StepFill
 from router_service.engine.step_runner import Decoder, MicroBatchOutcome, StepRunner, TokenSampler
 from router_service.engine.step_telemetry import StepSampler
 from router_service.engine.step_timings import StepTimings
@@ -127,6 +128,7 @@ class Engine:
         self._step_sampler = StepSampler(
             tracer, interval=step_sample_interval, later=self._late_records.add
         )
+        self._fill = StepFill(config, scheduler_config)
         self._emission = DeferredEmission(self._emit)
         self._num_steps = 0
         self._num_micro_batches = 0
@@ -337,6 +339,7 @@ class Engine:
         ended = time.perf_counter()
         self._scheduler.observe_step(plan, started_at=start, ended_at=ended)
         timings.step_s = ended - start
+        timings.full_s = timings.step_s * self._fill.of(plan)
         self._timings.add(timings)
         self._emission.end_step()
         self._tracker.checkpoint(timings.step_s)

@@ -22,7 +22,8 @@ class StepTimings:
     norms and gate; `head_s` the last norm and the lm_head. `experts_s` is the rest of the forward
     pass: packing, wire, queueing, expert compute and combining, as far as no other micro-batch's
     attention hid it. `emit_s` is taking in the tokens: bookkeeping, publishing blocks and deltas;
-    waking the callers is part of it only where nothing could hide it.
+    waking the callers is part of it only where nothing could hide it. `full_s` is `step_s` with
+    every step weighted by its fill, see `StepFill`.
 
     `pack_s` to `combine_s` are the experts' own account of their layer calls, see
     `DispatchTimings`; calls of several micro-batches overlap, so that they may add up to more than
@@ -33,6 +34,7 @@ class StepTimings:
     num_micro_batches: int = 0
     num_tokens: int = 0
     step_s: float = 0.0
+    full_s: float = 0.0
     schedule_s: float = 0.0
     prepare_s: float = 0.0
     attention_s: float = 0.0

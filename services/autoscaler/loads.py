@@ -41,10 +41,6 @@ class SlotLoads:
         return max(self.utilization, key=lambda name: (self.utilization[name], name))
 
     @property
-    def mean_utilization(self) -> float:
-        return math.fsum(self.utilization.values()) / len(self.utilization)
-
-    @property
     def layers(self) -> list[int]:
         return sorted(self._of_layer)
 
@@ -141,15 +137,27 @@ class SlotLoads:
     def without(self, copies: Iterable[tuple[str, Slot]]) -> SlotLoads:
         """These loads with replicas (worker id, slot) taken away; nothing changes here."""
         copies = list(copies)
+        twin = self._twin({slot for _, slot in copies})
+        for worker_id, slot in copies:
+            twin.withdraw(slot, worker_id)
+        return twin
+
+    def with_newcomer(self, worker_id: str) -> SlotLoads:
+        """These loads with one worker more, of average speed and without slots; nothing changes
+        here."""
+        twin = self._twin(self._of_slot.keys())
+        twin.utilization[worker_id] = 0.0
+        return twin
+
+    def _twin(self, changing: Iterable[Slot]) -> SlotLoads:
+        """A copy in which the loads of these slots may be changed."""
         twin = copy.copy(self)
         twin._of_slot = defaultdict(dict, self._of_slot)
         twin._of_layer = defaultdict(dict, self._of_layer)
         twin.utilization = dict(self.utilization)
-        for _, slot in copies:
+        for slot in changing:
             twin._of_slot[slot] = dict(self._of_slot[slot])
             twin._of_layer[slot[0]] = dict(self._of_layer[slot[0]])
-        for worker_id, slot in copies:
-            twin.withdraw(slot, worker_id)
         return twin
 
     def _cost(self, slot: Slot) -> float:

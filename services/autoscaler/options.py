@@ -16,11 +16,13 @@ class PolicyOptions:
     busy. A replica is given back when without it that ratio would stay below `cool_ratio` for
     `idle_after_s`. After a change a slot is left alone for `cool_down_s`.
 
-    Where workers are `scale_out_utilization` busy on average, or one is and no memory is left for
-    what would relieve it, for `scale_out_after_s`, a worker is added; as long passes until the
-    next. It is waited for `worker_start_timeout_s`. One is removed when without it the others would
-    be below `scale_in_utilization` on average for `idle_after_s`, and at least `scale_cool_down_s`
-    after the last step of either kind.
+    Where the fleet is `scale_out_utilization` saturated and waits for experts at least
+    `min_experts_share` of its steps, or one worker is so busy and no memory is left for what would
+    relieve it, for `scale_out_after_s`, a worker is added; as long passes until the next. It is
+    waited for `worker_start_timeout_s`. One is removed when without it the others would leave the
+    fleet below `scale_in_utilization` for `idle_after_s`, and at least `scale_cool_down_s` after
+    the last step of either kind. Where no shard tells how saturated it is, it is how busy workers
+    are on average.
 
     With `shadow_copies` spare memory holds a second copy of every slot that has one replica, once
     it had only one for `protect_after_s`. A slot without any is restored after `restore_after_s`,
@@ -44,7 +46,8 @@ class PolicyOptions:
     idle_after_s: float = 30.0
     scale_out_utilization: float = 0.7
     scale_in_utilization: float = 0.55
-    scale_out_after_s: float = 5.0
+    scale_out_after_s: float = 2.0
+    min_experts_share: float = 0.25
     scale_cool_down_s: float = 15.0
     worker_start_timeout_s: float = 300.0
     shadow_copies: bool = True

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from services.core.expert_costs import ROWS_PER_READ
 from services.core.registry import Slot
 
 Phase = Literal["idle", "decode", "prefill"]
-
-
-ROWS_PER_READ = 16.0
-"""Rows whose arithmetic takes about as long as reading an expert's weights from memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +65,17 @@ class WorkerView:
 
 @dataclass(frozen=True)
 class FleetView:
-    """Workers by id; `workers` are those whose lease is alive."""
+    """Workers by id; `workers` are those whose lease is alive.
+
+    `saturation` is the mean share of their time that shards spend in full steps (a half full step
+    counts half): about the demand as a share of what the fleet could do. `experts_share` is what of
+    their steps shards wait for experts. None where no shard tells.
+    """
 
     workers: Mapping[str, WorkerView]
     phase: Phase = "idle"
+    saturation: float | None = None
+    experts_share: float | None = None
 
     @cached_property
     def ready(self) -> Mapping[str, WorkerView]:
@@ -85,6 +89,12 @@ class FleetView:
             for slot in worker.slots:
                 found.setdefault(slot, set()).add(name)
         return {slot: frozenset(names) for slot, names in found.items()}
+
+    @cached_property
+    def mean_utilization(self) -> float:
+        """Of the ready workers; 0 without any."""
+        shares = [worker.utilization for worker in self.ready.values()]
+        return math.fsum(shares) / len(shares) if shares else 0.0
 
     @cached_property
     def imbalance(self) -> float:

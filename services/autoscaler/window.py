@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from services.autoscaler.view import FleetView, Phase, WorkerView
@@ -23,12 +23,19 @@ PREFILL_ROWS_PER_ACTIVATION = 16.0
 
 
 class LoadWindow:
-    """Give it every snapshot with `add`, then read `view`. `now` is in seconds and only grows."""
+    """Give it every snapshot with `add`, then read `view`. `now` is in seconds and only grows.
 
-    def __init__(self, window_s: float = 2.0) -> None:
+    How saturated the shards are is taken over `saturation_window_s`, as requests come by chance,
+    and anew when workers have come or gone: it was another fleet's.
+    """
+
+    def __init__(self, window_s: float = 2.0, saturation_window_s: float = 6.0) -> None:
         self._window_s = window_s
+        self._saturation_window_s = saturation_window_s
         self._workers: dict[str, _Series] = {}
         self._shards: dict[str, _Series] = {}
+        self._steps: dict[str, _Series] = {}
+        self._ready: frozenset[str] = frozenset()
         self._records: tuple[WorkerRecord, ...] = ()
         self._phase: Phase = "idle"
 
@@ -37,11 +44,21 @@ class LoadWindow:
         for worker in snapshot.workers:
             series = self._workers.setdefault(worker.worker_id, _Series())
             series.add(_worker_sample(worker, now), worker.started_at, self._window_s)
+        ready = frozenset(one.worker_id for one in snapshot.workers if one.state == "ready")
+        if ready != self._ready:
+            self._steps.clear()
+            self._ready = ready
         for shard in snapshot.shards:
-            series = self._shards.setdefault(shard.shard_id, _Series())
-            series.add(_shard_sample(shard, now), shard.started_at, self._window_s)
+            sample = _shard_sample(shard, now)
+            for known, window_s in (
+                (self._shards, self._window_s),
+                (self._steps, self._saturation_window_s),
+            ):
+                series = known.setdefault(shard.shard_id, _Series())
+                series.add(sample, shard.started_at, window_s)
         _forget(self._workers, {worker.worker_id for worker in snapshot.workers})
-        _forget(self._shards, {shard.shard_id for shard in snapshot.shards})
+        for known in (self._shards, self._steps):
+            _forget(known, {shard.shard_id for shard in snapshot.shards})
 
     def view(self) -> FleetView:
         workers = _with_activations(
@@ -52,7 +69,14 @@ class LoadWindow:
             {name: series.rate("frames") for name, series in self._workers.items()},
         )
         self._phase = self._detect_phase(workers)
-        return FleetView(workers=workers, phase=self._phase)
+        steps = [series for series in self._steps.values() if series.newest("steps") > 0]
+        busy = math.fsum(series.rate("steps") for series in steps)
+        return FleetView(
+            workers=workers,
+            phase=self._phase,
+            saturation=_mean([series.rate("full") for series in steps]),
+            experts_share=math.fsum(s.rate("experts") for s in steps) / busy if busy > 0 else None,
+        )
 
     def _detect_phase(self, workers: Mapping[str, WorkerView]) -> Phase:
         prefilled = math.fsum(series.rate("prefilled") for series in self._shards.values())
@@ -100,6 +124,9 @@ class _Series:
         first, last = self.samples[0], self.samples[-1]
         return (last.counts[name] - first.counts[name]) / self.span_s
 
+    def newest(self, name: str) -> float:
+        return self.samples[-1].counts[name]
+
     def row_rates(self, slots: frozenset[Slot]) -> dict[Slot, float]:
         if self.span_s <= 0:
             return {}
@@ -116,7 +143,8 @@ class _Series:
 
     def _is_reset(self, sample: _Sample, started_at: float) -> bool:
         last = self.samples[-1]
-        went_back = any(sample.counts[name] < count for name, count in last.counts.items())
+        # By 1: sums of seconds that are read while they are added to may be a step behind.
+        went_back = any(sample.counts[name] < count - 1 for name, count in last.counts.items())
         return started_at != self.started_at or sample.at < last.at or went_back
 
 
@@ -129,6 +157,9 @@ def _shard_sample(record: ShardRecord, now: float) -> _Sample:
     counts = {
         "prefilled": float(record.num_prefilled_tokens),
         "generated": float(record.num_generated_tokens),
+        "steps": record.step_s,
+        "full": record.full_s,
+        "experts": record.experts_s,
     }
     return _Sample(at=record.written_at or now, counts=counts, rows={})
 
@@ -189,6 +220,10 @@ def _with_activations(
         )
         for name, worker in workers.items()
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _forget(series: dict[str, _Series], alive: set[str]) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 
 from services.autoscaler.plan import Plan
 from services.autoscaler.view import WorkerView
 from services.core.registry import Slot
 
+_NEWCOMER = ""
+"""Stands for the worker that is yet to come."""
+
 
 def add_worker(plan: Plan) -> None:
-    """Ask for a worker with the slots that would take an equal part of the load: where all are busy
-    on average, or where one is and no memory was left for what would relieve it."""
+    """Ask for a worker with the slots that would take an equal part of the load: where the fleet is
+    near its limit, or where one worker is and no memory was left for what would relieve it."""
     options = plan.options
     if plan.has_purpose("restore", "hot"):
         return
-    measured = {name: worker.utilization for name, worker in plan.view.ready.items()}
-    busiest = max(measured, key=lambda name: (measured[name], name))
-    mean = math.fsum(measured.values()) / len(measured)
-    is_short = plan.lacks_memory and measured[busiest] >= options.scale_out_utilization
-    if mean < options.scale_out_utilization and not is_short:
+    busiest = max(plan.view.ready.values(), key=lambda one: (one.utilization, one.worker_id))
+    is_short = plan.lacks_memory and busiest.utilization >= options.scale_out_utilization
+    saturation = _saturation(plan)
+    if saturation < options.scale_out_utilization and not is_short:
         return
     waited_s = plan.held_for("saturated")
     num_workers, most = len(plan.view.workers), _most(plan)
@@ -31,12 +33,12 @@ def add_worker(plan: Plan) -> None:
     slots = _slots_for_newcomer(plan)
     if not plan.may_ask_for_worker() or not slots:
         return
-    worker = plan.view.ready[busiest]
     plan.add_worker(
         slots,
-        f"for {waited_s:.0f} s workers were {mean:.0%} busy, {busiest} {measured[busiest]:.0%} "
-        f"(frames wait {worker.queue_ms:.1f} ms for {worker.compute_ms:.1f} ms), and no replica in "
-        f"memory at hand would help; worker {num_workers + 1} of at most {most}",
+        f"for {waited_s:.0f} s the fleet was {saturation:.0%} saturated or short of memory, "
+        f"{busiest.worker_id} is {busiest.utilization:.0%} busy (frames wait "
+        f"{busiest.queue_ms:.1f} ms for {busiest.compute_ms:.1f} ms), and no replica in memory at "
+        f"hand would help; worker {num_workers + 1} of at most {most}",
     )
 
 
@@ -52,10 +54,31 @@ def remove_worker(plan: Plan) -> None:
     if idle_s >= options.idle_after_s and _may_scale(plan, options.scale_cool_down_s):
         plan.remove_worker(
             spare.worker_id,
-            f"for {idle_s:.0f} s the others would have been below "
-            f"{options.scale_in_utilization:.0%} on average without it, and each of its slots has "
+            f"for {idle_s:.0f} s the fleet would have been less than "
+            f"{options.scale_in_utilization:.0%} saturated without it, and each of its slots has "
             "another replica",
         )
+
+
+def _saturation(plan: Plan) -> float:
+    """The demand as a share of what the fleet could do; 0 where experts are too small a part of a
+    step for more of them to help."""
+    view = plan.view
+    if view.saturation is None:
+        return view.mean_utilization
+    is_theirs = (view.experts_share or 0.0) >= plan.options.min_experts_share
+    return view.saturation if is_theirs else 0.0
+
+
+def _saturation_after(plan: Plan, after: Mapping[str, float]) -> float:
+    """With workers as busy as `after` tells: a layer's experts take as long as the busiest worker
+    with them, the rest of a step as before."""
+    view = plan.view
+    if view.saturation is None:
+        return max(after.values())
+    before = max(plan.loads.utilization.values())
+    longer = max(after.values()) / before if before > 0 else 1.0
+    return view.saturation * (1 + (view.experts_share or 0.0) * (longer - 1))
 
 
 def _fewest(plan: Plan) -> int:
@@ -74,29 +97,31 @@ def _may_scale(plan: Plan, rest_s: float) -> bool:
 
 
 def _slots_for_newcomer(plan: Plan) -> tuple[Slot, ...]:
-    """The slot of each layer with most load per replica, then the second of each, until as much
-    load as an equal part would move over; at most as many slots as the largest worker holds."""
-    loads, ready, holdings = plan.loads, plan.view.ready, plan.holdings
-    wanted = math.fsum(loads.utilization.values()) / (len(ready) + 1)
-    most = max(len(worker.slots) for worker in ready.values())
-    share = {
-        slot: loads.total(slot) / max(1, len(holdings.holders(slot))) for slot in plan.view.holders
-    }
-    of_layer: dict[int, list[Slot]] = {}
-    for slot in sorted(share, key=lambda slot: (-share[slot], -loads.rows(slot), slot)):
-        of_layer.setdefault(slot[0], []).append(slot)
-    ranked = sorted(
-        (rank, -share[slot], slot) for slots in of_layer.values() for rank, slot in enumerate(slots)
-    )
-    chosen: list[Slot] = []
-    moved = 0.0
-    for _, _, slot in ranked:
-        if moved >= wanted or len(chosen) >= most:
-            break
-        num_replicas = len(holdings.holders(slot))
-        if num_replicas < plan.options.max_replicas and share[slot] > 0:
-            chosen.append(slot)
-            moved += loads.total(slot) / (num_replicas + 1)
+    """From each layer in turn the costliest slot of the worker that is busiest in it, as long as
+    that makes the layer's slowest worker faster; at most as many as the largest worker holds."""
+    loads = plan.loads.with_newcomer(_NEWCOMER)
+    most = max(len(worker.slots) for worker in plan.view.ready.values())
+    chosen: set[Slot] = set()
+    layers = deque(loads.layers)
+    while layers and len(chosen) < most:
+        layer = layers.popleft()
+        in_layer = loads.in_layer(layer)
+        busiest = max(in_layer, key=lambda name: (in_layer[name], name))
+        candidates = [
+            (load, loads.rows(slot), slot)
+            for slot in plan.view.holders
+            if slot[0] == layer
+            and slot not in chosen
+            and (load := loads.of_slot(slot).get(busiest, 0.0)) > 0
+            and len(loads.of_slot(slot)) < plan.options.max_replicas
+        ]
+        if not candidates:
+            continue
+        slot = max(candidates)[2]
+        if max(loads.with_replica(slot, _NEWCOMER).values()) < in_layer[busiest]:
+            loads.replicate(slot, _NEWCOMER)
+            chosen.add(slot)
+            layers.append(layer)
     return tuple(sorted(chosen))
 
 
@@ -112,7 +137,6 @@ def _spare_workers(plan: Plan) -> Iterator[WorkerView]:
         if not is_replaceable:
             continue
         after = plan.loads.without([(name, slot) for slot in worker.slots]).utilization
-        others = [load for other, load in after.items() if other != name]
-        mean = math.fsum(others) / len(others)
-        if mean < options.scale_in_utilization and max(others) < options.scale_out_utilization:
+        others = {other: load for other, load in after.items() if other != name}
+        if _saturation_after(plan, others) < options.scale_in_utilization:
             yield worker

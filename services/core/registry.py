@@ -54,7 +54,10 @@ class ShardRecord:
     """One attention shard's lease: its engine's load, and the tokens its gate sent per slot.
 
     `endpoint` is host:port of its gRPC server, which gateways send requests to. `max_num_seqs` is
-    how many sequences it runs at most; 0 if unknown.
+    how many sequences it runs at most; 0 if unknown. `step_s` are the seconds that its steps took
+    since it started, `full_s` the same with each step weighted by how full it was (1: as many
+    tokens as gain anything by being computed together), and `experts_s` what of `step_s` it waited
+    for its experts.
     """
 
     shard_id: str
@@ -72,6 +75,9 @@ class ShardRecord:
     endpoint: str | None = None
     expert_load: Mapping[Slot, int] = field(default_factory=dict)
     max_num_seqs: int = 0
+    step_s: float = 0.0
+    full_s: float = 0.0
+    experts_s: float = 0.0
     written_at: float = 0.0
 
 
