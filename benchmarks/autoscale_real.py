@@ -41,13 +41,15 @@ PEAK_SHARE = 0.66
 """Of what the largest fleet takes: about what keeps it as busy as the policy wants it."""
 IDLE_AFTER_S = 5.0
 WARM_UP_S = 2.0
+NUM_PARTS = 12
 SETTLE_S = 12.0
 """Until the launcher has the spare process that it keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealDay:
-    """`curve` has (second of the day, workers)."""
+    """`curve` has (second of the day, workers), `parts_p99_ms` the p99 of an answer in each of
+    `NUM_PARTS` equal parts of the day."""
 
     name: str
     worker_seconds: float
@@ -57,6 +59,7 @@ class RealDay:
     num_requests: int
     num_failed: int
     curve: Sequence[tuple[float, float]]
+    parts_p99_ms: Sequence[float]
 
 
 def run_real(
@@ -82,7 +85,9 @@ def run_real(
             running = _running(quotas, model, state, fleet)
             day, peak = asyncio.run(_day(fleet[0], running, share_of_peak, day_s, peak))
             days.append(day)
-            print(f"{day.name}: {day.worker_seconds:.0f} worker-s, p99 {day.p99_answer_ms:.0f} ms")
+            told = f"{day.worker_seconds:.0f} worker-s, p99 {day.p99_answer_ms:.0f} ms, by parts "
+            told += ", ".join(f"{each:.0f}" for each in day.parts_p99_ms)
+            print(f"{day.name}: {told}", flush=True)
     assert peak is not None
     text = _report(days, peak, day_s)
     (out / "autoscale-trace.md").write_text(text)
@@ -133,6 +138,12 @@ async def _day(
             num_requests=len(load.records),
             num_failed=load.num_failed,
             curve=curve,
+            parts_p99_ms=[
+                load.p99_answer_ms(
+                    begin + part * day_s / NUM_PARTS, begin + (part + 1) * day_s / NUM_PARTS
+                )
+                for part in range(NUM_PARTS)
+            ],
         )
         return day, peak
 
@@ -205,7 +216,18 @@ def _report(days: Sequence[RealDay], peak: float, day_s: float) -> str:
         f"Worker-seconds saved: {saving:.1%} of those of {fixed.name}, at "
         f"{_ratio(scaled, fixed):.2f} times its p99; {fewer.name}, has "
         f"{_ratio(fewer, fixed):.2f} times that p99.",
+        "",
+        f"p99 by parts of {day_s / NUM_PARTS:.0f} s, ms:",
+        "",
+        "| fleet | "
+        + " | ".join(str(round(part * day_s / NUM_PARTS)) for part in range(NUM_PARTS))
+        + " |",
+        "|---" * (NUM_PARTS + 1) + "|",
     ]
+    for one in days:
+        lines.append(
+            f"| {one.name} | " + " | ".join(f"{p99:.0f}" for p99 in one.parts_p99_ms) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -127,6 +127,11 @@ class EngineMetrics(Collector):
                 "Tokens of resumed requests that had to be computed again",
                 stats.num_recomputed_tokens,
             ),
+            (
+                telemetry.METRIC_FULL_STEPS,
+                "Seconds of steps, each weighted by how full it was",
+                stats.timings.full_s,
+            ),
         ):
             yield CounterMetricFamily(name.removesuffix("_total"), text, value=value)
         yield _part_family(stats.timings)

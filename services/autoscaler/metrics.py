@@ -35,6 +35,11 @@ class AutoscalerMetrics:
             "Utilisation of the busiest worker over the mean",
             registry=registry,
         )
+        self._saturation = Gauge(
+            telemetry.METRIC_SATURATION,
+            "Mean share of their time that shards spend in full steps",
+            registry=registry,
+        )
         self._leader = Gauge(
             telemetry.METRIC_AUTOSCALER_LEADER, "1 where this autoscaler acts", registry=registry
         )
@@ -56,6 +61,7 @@ class AutoscalerMetrics:
         self._unprotected.set(sum(count < 2 for count in counts.values()))
         self._orphaned.set(sum(count == 0 for count in counts.values()))
         self._imbalance.set(view.imbalance)
+        self._saturation.set(view.saturation or 0.0)
         self._leader.set(int(is_leader))
 
     def count(self, purpose: str, outcome: str) -> None:

@@ -101,4 +101,4 @@ def _without(view: FleetView, leaving: Set[str]) -> FleetView:
         name: replace(worker, is_ready=worker.is_ready and name not in leaving)
         for name, worker in view.workers.items()
     }
-    return FleetView(workers=staying, phase=view.phase)
+    return replace(view, workers=staying)

@@ -185,6 +185,7 @@ def _view(record: WorkerRecord, series: _Series) -> WorkerView:
         utilization=min(1.0, busy),
         queue_ms=record.queue_ms,
         compute_ms=record.compute_ms,
+        frames=frames,
         rows=rows,
     )
 

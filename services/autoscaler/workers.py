@@ -9,6 +9,8 @@ from services.autoscaler.plan import Plan
 from services.autoscaler.view import WorkerView
 from services.core.registry import Slot
 
+_PATIENCE = 5
+"""So many times as long is waited where replicas in memory may still help."""
 _NEWCOMER = ""
 """Stands for the worker that is yet to come."""
 
@@ -17,16 +19,16 @@ def add_worker(plan: Plan) -> None:
     """Ask for a worker with the slots that would take an equal part of the load: where the fleet is
     near its limit, or where one worker is and no memory was left for what would relieve it."""
     options = plan.options
-    if plan.has_purpose("restore", "hot"):
-        return
     busiest = max(plan.view.ready.values(), key=lambda one: (one.utilization, one.worker_id))
     is_short = plan.lacks_memory and busiest.utilization >= options.scale_out_utilization
     saturation = _saturation(plan)
     if saturation < options.scale_out_utilization and not is_short:
         return
     waited_s = plan.held_for("saturated")
+    is_being_helped = plan.is_loading or plan.has_purpose("restore", "hot")
+    patience_s = options.scale_out_after_s * (_PATIENCE if is_being_helped else 1)
     num_workers, most = len(plan.view.workers), _most(plan)
-    if waited_s < options.scale_out_after_s or num_workers >= most:
+    if waited_s < patience_s or num_workers >= most:
         return
     if not _may_scale(plan, options.scale_out_after_s):
         return

@@ -47,7 +47,7 @@ WITHOUT_SERIES = {
     "Session blocks",
     "Actions",
     "Slots to see to",
-    "Workers' imbalance and leader",
+    "Saturation, workers' imbalance, leader",
     "Replicas as the autoscaler sees them",
 }
 

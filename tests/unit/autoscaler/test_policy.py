@@ -47,6 +47,7 @@ def worker(
         "free_bytes": 10 * room,
         "sampled_s": 2.0,
         "utilization": busy,
+        "frames": 100.0,
         "rows": rows or {},
         "activations": activations or {},
     }
@@ -88,6 +89,16 @@ def test_chance_is_not_heat() -> None:
     w0 = worker("w0", [(0, 0)], busy=0.4, activations={(0, 0): 4.0})
     w1 = worker("w1", [(0, 1)], room=4, busy=0.2, activations={(0, 1): 2.0})
     assert rounds(NO_SHADOWS, view(w0, w1, phase="decode"), 10)[0] == []
+
+
+def test_rows_of_a_few_prompts_are_chance_too() -> None:
+    """Of three prompts in the window, one more reached w0: many rows, but only one prompt."""
+    w0_rows = {(0, 0): 450.0, (0, 1): 450.0}
+    w0 = worker("w0", w0_rows, busy=0.8, rows=w0_rows, frames=1.5)
+    w1 = worker("w1", [(0, 2)], room=4, busy=0.4, rows={(0, 2): 450.0}, frames=1.5)
+    assert rounds(NO_SHADOWS, view(w0, w1, phase="prefill"), 10)[0] == []
+    many = [replace(one, frames=60.0) for one in (w0, w1)]
+    assert _first_load(rounds(NO_SHADOWS, view(*many, phase="prefill"), 10)[0]) == ("w1", (0, 0))
 
 
 def test_workers_that_share_a_device_do_not_spend_its_memory_twice() -> None:
@@ -148,6 +159,68 @@ def test_a_saturated_fleet_without_memory_asks_for_one_worker_and_waits_for_it()
     planned, _ = rounds(replace(NO_SHADOWS, max_workers=3), seen, 100)
     assert [one.action for one in planned] == [AddWorker(slots=((0, 0),))]
     assert rounds(NO_SHADOWS, seen, 100)[0] == []  # the number seen first is the most
+
+
+def test_workers_that_are_hardly_busy_are_joined_where_the_shards_are_saturated() -> None:
+    """They wait for one another and for attention, so that half busy is all that they get."""
+    half: dict[str, Any] = {"busy": 0.5, "rows": {(0, 0): 100.0, (0, 1): 100.0}}
+    slots = [(0, 0), (0, 1)]
+    options = replace(NO_SHADOWS, max_workers=3)
+    fleet: dict[str, Any] = {"phase": "prefill", "saturation": 0.8}
+    seen = view(worker("a", slots, **half), worker("b", slots, **half), experts_share=0.7, **fleet)
+    (added,), _ = rounds(options, seen, 3)
+    assert isinstance(added.action, AddWorker) and "80% saturated" in added.reason
+    mostly_attention = view(*seen.workers.values(), experts_share=0.2, **fleet)
+    assert rounds(options, mostly_attention, 30)[0] == []
+
+
+def test_replicas_on_their_way_are_waited_for_before_a_worker_is_but_not_for_ever() -> None:
+    seen = view(worker("a", [(0, 0)], busy=0.9, activations={(0, 0): 50.0}), saturation=0.9,
+                experts_share=0.9)  # fmt: skip
+    options = replace(NO_SHADOWS, max_workers=2)
+    state, asked_at = PolicyState(), None
+    for now in range(30):
+        under_way = [LoadSlots(worker_id="a", slots=((0, 1),))]
+        planned, state = decide(options, state, seen, float(now), in_flight=under_way)
+        if planned and asked_at is None:
+            asked_at = now
+    assert asked_at == 5 * options.scale_out_after_s
+
+
+def test_a_single_stream_that_keeps_workers_busy_asks_for_nobody_and_spares_one() -> None:
+    busy: dict[str, Any] = {"busy": 0.85, "activations": {(0, 0): 100.0}}
+    workers = [worker(name, [(0, 0)], started_at=at, **busy) for name, at in (("a", 1), ("b", 2))]
+    seen = view(*workers, phase="decode", saturation=0.02, experts_share=0.9)
+    options = replace(NO_SHADOWS, min_workers=1, max_workers=3)
+    planned, _ = rounds(options, seen, 40)
+    assert [one.action for one in planned] == [RemoveWorker(worker_id="b")]
+
+
+def test_a_worker_stays_without_which_the_fleet_would_be_saturated() -> None:
+    busy: dict[str, Any] = {"busy": 0.3, "rows": {(0, 0): 100.0}}
+    workers = [worker(name, [(0, 0)], **busy) for name in "ab"]
+    options = replace(NO_SHADOWS, min_workers=1)
+    # Alone one would be twice as busy, and a step 1.8 times as long.
+    for saturation, goes in ((0.32, False), (0.29, True)):
+        seen = view(*workers, phase="prefill", saturation=saturation, experts_share=0.8)
+        assert bool(rounds(options, seen, 40)[0]) is goes
+
+
+def test_a_newcomer_relieves_the_slowest_worker_of_each_layer() -> None:
+    """All of a's experts have more rows than any of b's, but a layer takes as long as its slowest
+    worker, and that would be b once a has got two copies fewer to do."""
+    a, b = [(0, 0), (0, 1), (0, 2), (0, 3)], [(0, 4), (0, 5), (0, 6), (0, 7)]
+    seen = view(
+        worker("a", a, busy=0.8, rows=dict.fromkeys(a, 110.0)),
+        worker("b", b, busy=0.8, rows=dict.fromkeys(b, 100.0)),
+        phase="prefill",
+        saturation=0.9,
+        experts_share=0.9,
+    )
+    (added,), _ = rounds(replace(NO_SHADOWS, max_workers=3), seen, 3)
+    assert isinstance(added.action, AddWorker)
+    assert len([slot for slot in added.action.slots if slot in a]) == 2
+    assert len([slot for slot in added.action.slots if slot in b]) == 2
 
 
 def test_the_newest_idle_worker_goes_but_not_below_the_minimum() -> None:

@@ -70,3 +70,36 @@ def test_the_phase_follows_what_shards_do_and_does_not_flicker() -> None:
         window.add(FleetSnapshot.of([record]), now=float(at))
         phases.append(window.view().phase)
     assert phases == ["idle", "decode", "prefill", "prefill", "decode"]
+
+
+def test_shards_tell_how_saturated_they_are_and_what_of_it_experts_are() -> None:
+    window = LoadWindow(saturation_window_s=4.0)
+    for at in range(9):
+        # The first four seconds lie before the window.
+        full_s = 3.5 + 0.5 * (at - 4) if at > 4 else 0.9 * at
+        steps: dict[str, Any] = {"step_s": 1.0 * at, "full_s": full_s, "experts_s": 0.75 * at}
+        idle = shard_record("shard-1", step_s=0.5, written_at=1.0 + at)
+        busy = shard_record("shard-0", **steps, written_at=1.0 + at)
+        window.add(FleetSnapshot.of([worker_record("w"), busy, idle]), now=float(at))
+    seen = window.view()
+    assert seen.saturation == pytest.approx((5.5 - 3.6) / 4 / 2)
+    assert seen.experts_share == pytest.approx(0.75)
+
+
+def test_saturation_starts_over_with_every_change_of_workers() -> None:
+    window = LoadWindow()
+    seen = []
+    for at, workers in enumerate(["a", "a", "a", "ab", "ab", "ab"]):
+        records = [worker_record(name) for name in workers]
+        shard = shard_record(
+            step_s=1.0 * at, full_s=1.0 * at if at < 4 else 4.0, written_at=1.0 + at
+        )
+        window.add(FleetSnapshot.of([*records, shard]), now=float(at))
+        seen.append(window.view().saturation)
+    assert seen == [None, 1.0, 1.0, 0.0, 1.0, 0.5]
+
+
+def test_shards_of_an_older_version_tell_nothing() -> None:
+    window = LoadWindow()
+    window.add(FleetSnapshot.of([worker_record("w"), shard_record(written_at=1.0)]), now=0.0)
+    assert (window.view().saturation, window.view().experts_share) == (None, None)

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from services.autoscaler.groups import ExpertGroup, parse_group
 from services.autoscaler.kubernetes import ClusterAccess, KubernetesScaler
 from services.cli.main import app
+from services.core.telemetry import METRIC_FULL_STEPS, METRIC_WORKER_BUSY
 from tests.support.chart import NAME, NAMESPACE, Rendered, render
+from tests.support.promql import unknown_names
 
 MIXED = [
     {"name": "a", "experts": "0-3", "layers": "0-1", "maxReplicas": 3},
@@ -136,7 +138,7 @@ def test_scalers_that_keep_a_number_themselves_are_not_overruled_by_an_upgrade()
     }
 
 
-def test_keda_scales_by_the_groups_busy_time_and_its_hottest_expert() -> None:
+def test_keda_scales_by_saturation_the_groups_part_in_it_and_its_hottest_expert() -> None:
     rendered = render(experts={"groups": MIXED}, autoscaling={"busy": 0.6, "tokensPerExpert": 2000})
     (scaled,) = rendered.all("ScaledObject").values()
     spec = scaled["spec"]
@@ -144,7 +146,10 @@ def test_keda_scales_by_the_groups_busy_time_and_its_hottest_expert() -> None:
     assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (1, 4)
     busy, tokens = (trigger["metadata"] for trigger in spec["triggers"])
     assert busy["threshold"] == "0.6"
-    assert "rate(expertfleet_worker_busy_seconds_total{" in busy["query"]
+    names = (METRIC_FULL_STEPS, METRIC_WORKER_BUSY)
+    exposed = {name: frozenset[str]() for name in names}
+    assert unknown_names(busy["query"], exposed) == []
+    assert all(name in busy["query"] for name in names)
     (pods,) = re.findall(r'pod=~"([^"]+)"', busy["query"])
     assert re.fullmatch(pods, f"{NAME}-experts-b-7d9c5b6f4c-x2k8p")
     assert not re.fullmatch(pods, f"{NAME}-experts-bb-7d9c5b6f4c-x2k8p")
