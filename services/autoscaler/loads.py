@@ -16,9 +16,9 @@ from services.autoscaler.view import FleetView, WorkerView
 from services.core.registry import Slot
 
 SIGNIFICANCE = 3.0
-"""Standard deviations of a count (its square root) by which an excess must exceed chance. What comes
-by chance are activations when decoding, and whole prompts, so steps, in prefill: rows of a prompt
-come together."""
+"""Standard deviations of a count (its square root) by which an excess must exceed chance. What
+comes by chance are activations when decoding, and whole prompts, so steps, in prefill: rows of a
+prompt come together."""
 
 
 class SlotLoads:

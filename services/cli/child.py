@@ -27,8 +27,8 @@ PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-"""Run by the child itself before it becomes what was asked for. As `preexec_fn` it would need a fork,
-and gRPC's threads do not outlive one: while calls were in flight every third child died of it."""
+"""Run by the child itself before it becomes what was asked for. As `preexec_fn` it would need a
+fork, and gRPC's threads do not outlive one: with calls in flight every third child died of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
