@@ -1,7 +1,7 @@
 """A compressed day of demand: worker-seconds with the autoscaler and without.
 
     python -m benchmarks.autoscale_trace            # a simulation, in seconds
-    python -m benchmarks.autoscale_trace --real     # real processes, 27 minutes
+    python -m benchmarks.autoscale_trace --real     # real processes, 20 minutes
 
 The demand is at 0.4 of its peak for 14 hours, rises for 3, stays at the peak for 4 and falls for 3.
 In the simulation, labelled as such, the policy is the real one; workers and their times are on
@@ -100,7 +100,7 @@ def compare(*, period_s: float = 1200.0, num_days: int = 1) -> tuple[Outcome, Ou
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A compressed day of demand.")
-    parser.add_argument("--period-s", type=float, help="one compressed day; 1200, real 480")
+    parser.add_argument("--period-s", type=float, help="one compressed day; 1200, real 360")
     parser.add_argument("--days", type=int, default=1, help="of the simulation")
     parser.add_argument("--real", action="store_true", help="real processes on this machine")
     parser.add_argument("--max-workers", type=int, default=4, help="of the real fleets")
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # It begins at noon, so that rise, peak and fall lie in one day.
         text = run_real(
             lambda days: share_of_peak(days + 0.5),
-            day_s=given.period_s or 480.0,
+            day_s=given.period_s or 360.0,
             max_workers=given.max_workers,
             out=given.out,
         )

@@ -47,7 +47,7 @@ def level_workers(plan: Plan) -> None:
         busiest = loads.busiest
         before = loads.utilization[busiest]
         slot = _costliest(plan, busiest)
-        if before < plan.options.scale_out_utilization or slot is None:
+        if before < plan.options.scale_out_utilization or slot is None or busiest in plan.loading:
             return
         takers = [
             name
@@ -72,7 +72,8 @@ def level_workers(plan: Plan) -> None:
 def _is_hot(plan: Plan, layer: int, name: str) -> bool:
     loads = plan.loads
     return (
-        loads.utilization[name] >= plan.options.min_utilization
+        name not in plan.loading
+        and loads.utilization[name] >= plan.options.min_utilization
         and loads.ratio(layer, name) > plan.options.hot_ratio
         and loads.is_significant(layer, name)
     )

@@ -20,7 +20,7 @@ class PolicyOptions:
     `min_experts_share` of its steps, or one worker is so busy and no memory is left for what would
     relieve it, for `scale_out_after_s`, a worker is added; as long passes until the next. It is
     waited for `worker_start_timeout_s`. One is removed when without it the others would leave the
-    fleet below `scale_in_utilization` for `idle_after_s`, and at least `scale_cool_down_s` after
+    fleet below `scale_in_ratio` of that for `idle_after_s`, and at least `scale_cool_down_s` after
     the last step of either kind. Where no shard tells how saturated it is, it is how busy workers
     are on average.
 
@@ -45,7 +45,7 @@ class PolicyOptions:
     cool_down_s: float = 10.0
     idle_after_s: float = 30.0
     scale_out_utilization: float = 0.7
-    scale_in_utilization: float = 0.55
+    scale_in_ratio: float = 0.78
     scale_out_after_s: float = 2.0
     min_experts_share: float = 0.25
     scale_cool_down_s: float = 15.0
@@ -62,10 +62,9 @@ class PolicyOptions:
         )
         self._require(1.0 <= self.cool_ratio < self.hot_ratio, "hot_ratio", "above cool_ratio >= 1")
         self._require(
-            0 <= self.scale_in_utilization < self.scale_out_utilization,
-            "scale_in_utilization",
-            "below scale_out_utilization",
+            0 < self.scale_out_utilization <= 1, "scale_out_utilization", "above 0 and at most 1"
         )
+        self._require(0 <= self.scale_in_ratio < 1, "scale_in_ratio", "from 0 to below 1")
         self._require(self.max_slots_per_action >= 1, "max_slots_per_action", "at least 1")
         if self.min_workers is not None and self.max_workers is not None:
             self._require(
@@ -77,6 +76,11 @@ class PolicyOptions:
             raise ConfigurationError(
                 f"autoscaler: {name}={getattr(self, name)!r} must be {what}", setting=name
             )
+
+    @property
+    def scale_in_utilization(self) -> float:
+        """Below which a worker fewer is enough."""
+        return self.scale_in_ratio * self.scale_out_utilization
 
     @property
     def wanted_copies(self) -> int:

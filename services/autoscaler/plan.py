@@ -49,8 +49,8 @@ class Plan:
         self.holdings = Holdings(view)
         self.lacks_memory = False
         """Set where a hot slot found no memory."""
-        self.is_loading = False
-        """Whether replicas are on their way."""
+        self.loading: set[str] = set()
+        """Workers that load replicas now, which makes them slower than their share of the work."""
         self._untouchable = set(untouchable)
         self._changed_at = dict(state.changed_at)
         self._since: dict[tuple[Hashable, ...], float] = {}
@@ -185,7 +185,7 @@ class Plan:
         """An action under way: its worker is busy, its loads count as held and as memory taken."""
         match action:
             case LoadSlots() if action.worker_id in self.holdings:
-                self.is_loading = True
+                self.loading.add(action.worker_id)
                 self._untouchable.add(action.worker_id)
                 for slot in set(action.slots) - self.holdings.of(action.worker_id):
                     self.holdings.hold(action.worker_id, slot)

@@ -25,7 +25,7 @@ def add_worker(plan: Plan) -> None:
     if saturation < options.scale_out_utilization and not is_short:
         return
     waited_s = plan.held_for("saturated")
-    is_being_helped = plan.is_loading or plan.has_purpose("restore", "hot")
+    is_being_helped = bool(plan.loading) or plan.has_purpose("restore", "hot")
     patience_s = options.scale_out_after_s * (_PATIENCE if is_being_helped else 1)
     num_workers, most = len(plan.view.workers), _most(plan)
     if waited_s < patience_s or num_workers >= most:

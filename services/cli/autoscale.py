@@ -70,6 +70,9 @@ def autoscale(
     idle_after_s: Annotated[float, typer.Option(min=0, help="until idle room is given back")] = (
         30.0
     ),
+    busy: Annotated[
+        float, typer.Option(min=0.05, max=1, help="how saturated the fleet is until it grows")
+    ] = 0.7,
     shadow_copies: Annotated[
         bool, typer.Option(help="use spare memory for second copies of every expert")
     ] = True,
@@ -97,6 +100,7 @@ def autoscale(
         cool_ratio=cool_ratio,
         cool_down_s=cool_down_s,
         idle_after_s=idle_after_s,
+        scale_out_utilization=busy,
         shadow_copies=shadow_copies,
         scale_workers=mode is Mode.kubernetes or (dry_run and max_workers is not None),
     )

@@ -66,6 +66,10 @@ def up(
     idle_after_s: Annotated[
         float, typer.Option(min=0, help="with --autoscale: until idle room is given back")
     ] = 30.0,
+    busy: Annotated[
+        float,
+        typer.Option(min=0.05, max=1, help="with --max-workers: how saturated until one is added"),
+    ] = 0.7,
     spare: Annotated[
         bool, typer.Option(help="keep a process ready that becomes the next worker")
     ] = True,
@@ -116,6 +120,7 @@ def up(
             max_workers,
             shadow_copies=shadow_copies,
             idle_after_s=idle_after_s,
+            busy=busy,
         ),
         external_workers=external_workers,
         keeps_spare=spare,
@@ -195,6 +200,7 @@ def _autoscaling(
     *,
     shadow_copies: bool = True,
     idle_after_s: float = 30.0,
+    busy: float = 0.7,
 ) -> PolicyOptions | None:
     if not wanted and max_workers is None:
         return None
@@ -209,6 +215,7 @@ def _autoscaling(
         scale_workers=max_workers is not None,
         shadow_copies=shadow_copies,
         idle_after_s=idle_after_s,
+        scale_out_utilization=busy,
     )
 
 

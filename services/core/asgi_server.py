@@ -13,6 +13,9 @@ import uvicorn
 
 from services.core.errors import DrainingError
 
+KEEP_ALIVE_S = 75
+"""How long a connection without a request is kept. Who closes first must not be the server: a
+request on its way then is lost. Clients keep connections for 5 to 15 s, load balancers for 60."""
 IDLE_LINGER_S = 1.0
 """How long a connection without a request is kept while draining: one that was just accepted, or
 whose client is about to send, is answered instead of reset."""
@@ -46,6 +49,7 @@ class AsgiServer:
                 log_level="warning",
                 access_log=False,
                 lifespan="on",
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._serving: asyncio.Task[None] | None = None

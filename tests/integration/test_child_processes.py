@@ -63,7 +63,7 @@ async def _calls_in_flight() -> AsyncIterator[None]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary("/T/E")
+        call = channel.unary_unary("/T/E", request_serializer=bytes, response_deserializer=bytes)
 
         async def ask() -> None:
             while True:

@@ -101,6 +101,16 @@ def test_rows_of_a_few_prompts_are_chance_too() -> None:
     assert _first_load(rounds(NO_SHADOWS, view(*many, phase="prefill"), 10)[0]) == ("w1", (0, 0))
 
 
+def test_a_worker_that_loads_replicas_is_slow_for_that_and_not_hot() -> None:
+    rows = {(0, 0): 450.0, (0, 1): 450.0}
+    w0 = worker("w0", rows, room=1, busy=0.8, rows=rows)
+    seen = view(w0, worker("w1", [(0, 2)], room=4, busy=0.4, rows={(0, 2): 450.0}), phase="prefill")
+    options, state = replace(NO_SHADOWS, hot_after_s=0), PolicyState()
+    under_way = [LoadSlots(worker_id="w0", slots=((0, 2),))]
+    assert decide(options, state, seen, 0.0, in_flight=under_way)[0] == ()
+    assert _first_load(decide(options, state, seen, 0.0)[0]) == ("w1", (0, 0))
+
+
 def test_workers_that_share_a_device_do_not_spend_its_memory_twice() -> None:
     slots = [(0, e) for e in range(6)]
     alone: dict[str, Any] = {"host": "one", "device": "cpu"}
@@ -243,7 +253,8 @@ def test_the_newest_idle_worker_goes_but_not_below_the_minimum() -> None:
         {"min_replicas": 0},
         {"min_replicas": 5},
         {"min_workers": 3, "max_workers": 2},
-        {"scale_in_utilization": 0.9},
+        {"scale_in_ratio": 1.0},
+        {"scale_out_utilization": 1.1},
     ],
 )
 def test_bounds_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:

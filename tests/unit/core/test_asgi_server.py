@@ -111,6 +111,16 @@ async def test_a_request_on_a_connection_accepted_just_before_is_answered_not_re
         await asyncio.wait_for(stopping, DEADLINE_S)
 
 
+async def test_a_connection_is_kept_for_longer_than_clients_keep_theirs() -> None:
+    """The openai client gives up an idle one after 5 s, as uvicorn does if it is not told."""
+    async with serving(App()) as server:
+        client = await Client.connect(server.port)
+        for pause_s in (5.5, 0):
+            client.send(b"/")
+            assert b"ok" in await client.until(b"\r\n0\r\n\r\n")
+            await asyncio.sleep(pause_s)
+
+
 async def test_readiness_is_refused_while_draining_and_only_then() -> None:
     app = App()
     async with serving(app) as server:
