@@ -57,7 +57,7 @@ class RealDay:
     fewest: int
     most: int
     num_requests: int
-    num_failed: int
+    errors: Sequence[str]
     curve: Sequence[tuple[float, float]]
     parts_p99_ms: Sequence[float]
 
@@ -87,7 +87,7 @@ def run_real(
             days.append(day)
             told = f"{day.worker_seconds:.0f} worker-s, p99 {day.p99_answer_ms:.0f} ms, by parts "
             told += ", ".join(f"{each:.0f}" for each in day.parts_p99_ms)
-            print(f"{day.name}: {told}", flush=True)
+            print(f"{day.name}: {told}", *day.errors, sep="\n  ", flush=True)
     assert peak is not None
     text = _report(days, peak, day_s)
     (out / "autoscale-trace.md").write_text(text)
@@ -136,7 +136,7 @@ async def _day(
             fewest=fewest,
             most=most,
             num_requests=len(load.records),
-            num_failed=load.num_failed,
+            errors=[record.error for record in load.records if record.error is not None],
             curve=curve,
             parts_p99_ms=[
                 load.p99_answer_ms(
@@ -208,7 +208,7 @@ def _report(days: Sequence[RealDay], peak: float, day_s: float) -> str:
         workers = f"{one.fewest} to {one.most}" if one.most > one.fewest else f"{one.most}"
         lines.append(
             f"| {one.name} | {workers} | {one.worker_seconds:.0f} | {one.p99_answer_ms:.0f} "
-            f"| {one.num_requests} | {one.num_failed} |"
+            f"| {one.num_requests} | {len(one.errors)} |"
         )
     saving = 1 - scaled.worker_seconds / fixed.worker_seconds
     lines += [
