@@ -16,9 +16,7 @@ from services.autoscaler.view import FleetView, WorkerView
 from services.core.registry import Slot
 
 SIGNIFICANCE = 3.0
-"""Standard deviations of a count (its square root) by which an excess must exceed chance. What
-comes by chance are activations when decoding, and whole prompts, so steps, in prefill: rows of a
-prompt come together."""
+"""Standard deviations of a count (its square root) by which an excess must exceed chance."""
 
 
 class SlotLoads:
@@ -29,7 +27,6 @@ class SlotLoads:
         self._costs = [worker.costs(view.phase) for worker in view.ready.values()]
         self._of_slot: defaultdict[Slot, dict[str, float]] = defaultdict(dict)
         self._of_layer: defaultdict[int, dict[str, float]] = defaultdict(dict)
-        self._is_prefill = view.phase == "prefill"
         self._counts: defaultdict[int, dict[str, float]] = defaultdict(dict)
         self._seconds_per_cost: dict[str, float] = {}
         self.utilization = {name: worker.utilization for name, worker in self._workers.items()}
@@ -86,13 +83,9 @@ class SlotLoads:
 
     def is_significant(self, layer: int, worker_id: str) -> bool:
         """Whether the excess over the other workers is more than chance would give."""
+        count = self._counts[layer].get(worker_id, 0.0)
         excess = 1 - 1 / max(1.0, self.ratio(layer, worker_id))
-        return _is_beyond_chance(excess, self._counts[layer].get(worker_id, 0.0))
-
-    def are_uneven(self, busy: str, idle: str) -> bool:
-        """Whether one worker is busier than another by more than chance would give."""
-        excess = 1 - self.utilization[idle] / self.utilization[busy]
-        return _is_beyond_chance(excess, self._workers[busy].num_steps)
+        return excess * count >= SIGNIFICANCE * math.sqrt(count)
 
     def with_replica(self, slot: Slot, worker_id: str) -> dict[str, float]:
         """Loads in the slot's layer of all workers concerned, once this one shares the slot."""
@@ -182,17 +175,9 @@ class SlotLoads:
             layer = self._of_layer[slot[0]]
             layer[name] = layer.get(name, 0.0) + cost * scale
             counts = self._counts[slot[0]]
-            if self._is_prefill:
-                counts[name] = worker.num_steps
-            else:
-                counts[name] = counts.get(name, 0.0) + cost * worker.sampled_s
+            counts[name] = counts.get(name, 0.0) + cost * worker.sampled_s
 
     def _change(self, slot: Slot, worker_id: str, by: float) -> None:
         self._of_slot[slot][worker_id] += by
         self._of_layer[slot[0]][worker_id] += by
         self.utilization[worker_id] += by
-
-
-def _is_beyond_chance(excess: float, count: float) -> bool:
-    """Of a count that is a share `excess` higher than expected."""
-    return count > 0 and excess * count >= SIGNIFICANCE * math.sqrt(count)

@@ -61,13 +61,12 @@ class LoadWindow:
             _forget(known, {shard.shard_id for shard in snapshot.shards})
 
     def view(self) -> FleetView:
-        workers = _with_activations(
-            {
-                record.worker_id: _view(record, self._workers[record.worker_id])
-                for record in self._records
-            },
-            {name: series.rate("frames") for name, series in self._workers.items()},
-        )
+        own = {
+            record.worker_id: _view(record, self._workers[record.worker_id])
+            for record in self._records
+        }
+        frames = {name: series.rate("frames") for name, series in self._workers.items()}
+        workers = _with_activations(_at_one_time(own, self._demanded()), frames)
         self._phase = self._detect_phase(workers)
         steps = [series for series in self._steps.values() if series.newest("steps") > 0]
         busy = math.fsum(series.rate("steps") for series in steps)
@@ -77,6 +76,14 @@ class LoadWindow:
             saturation=_mean([series.rate("full") for series in steps]),
             experts_share=math.fsum(s.rate("experts") for s in steps) / busy if busy > 0 else None,
         )
+
+    def _demanded(self) -> dict[Slot, float]:
+        """Rows per second that shards sent for each slot."""
+        demanded: dict[Slot, float] = {}
+        for series in self._shards.values():
+            for slot, rate in series.row_rates().items():
+                demanded[slot] = demanded.get(slot, 0.0) + rate
+        return demanded
 
     def _detect_phase(self, workers: Mapping[str, WorkerView]) -> Phase:
         prefilled = math.fsum(series.rate("prefilled") for series in self._shards.values())
@@ -127,14 +134,12 @@ class _Series:
     def newest(self, name: str) -> float:
         return self.samples[-1].counts[name]
 
-    def row_rates(self, slots: frozenset[Slot]) -> dict[Slot, float]:
+    def row_rates(self) -> dict[Slot, float]:
         if self.span_s <= 0:
             return {}
         first, last = self.samples[0].rows, self.samples[-1].rows
         return {
-            slot: max(0, count - first.get(slot, 0)) / self.span_s
-            for slot, count in last.items()
-            if slot in slots
+            slot: max(0, count - first.get(slot, 0)) / self.span_s for slot, count in last.items()
         }
 
     @property
@@ -161,14 +166,14 @@ def _shard_sample(record: ShardRecord, now: float) -> _Sample:
         "full": record.full_s,
         "experts": record.experts_s,
     }
-    return _Sample(at=record.written_at or now, counts=counts, rows={})
+    return _Sample(at=record.written_at or now, counts=counts, rows=record.expert_load)
 
 
 def _view(record: WorkerRecord, series: _Series) -> WorkerView:
     frames = series.rate("frames")
     # Workers that do not count their busy seconds give means per frame.
     busy = series.rate("busy") or frames * record.compute_ms / 1000
-    rows = series.row_rates(record.slots)
+    rows = {slot: rate for slot, rate in series.row_rates().items() if slot in record.slots}
     slot_bytes = record.slot_bytes
     if slot_bytes == 0 and record.slots:
         slot_bytes = -(-record.weight_bytes // len(record.slots))
@@ -185,9 +190,38 @@ def _view(record: WorkerRecord, series: _Series) -> WorkerView:
         utilization=min(1.0, busy),
         queue_ms=record.queue_ms,
         compute_ms=record.compute_ms,
-        frames=frames,
         rows=rows,
     )
+
+
+def _at_one_time(
+    workers: Mapping[str, WorkerView], demanded: Mapping[Slot, float]
+) -> dict[str, WorkerView]:
+    """With rows and utilisation as they would be over the shards' window, the same for all workers.
+
+    Each worker's lease is of another moment, and one prompt more or less between two of them looks
+    like heat. What a row costs a worker is its own figure. Replicas share a slot's rows as they did
+    by their own account.
+    """
+    if not any(demanded.values()):
+        return dict(workers)
+    held: dict[Slot, list[float]] = {}
+    for worker in workers.values():
+        for slot in worker.slots:
+            held.setdefault(slot, []).append(worker.rows.get(slot, 0.0))
+    aligned = {}
+    for name, worker in workers.items():
+        rows = {}
+        for slot in worker.slots:
+            own, counts = worker.rows.get(slot, 0.0), held[slot]
+            total = math.fsum(counts)
+            share = own / total if total > 0 else 1 / len(counts)
+            rows[slot] = demanded.get(slot, 0.0) * share
+        before = math.fsum(worker.rows.values())
+        scale = math.fsum(rows.values()) / before if before > 0 else 1.0
+        busy = min(1.0, worker.utilization * scale)
+        aligned[name] = replace(worker, rows=rows, utilization=busy)
+    return aligned
 
 
 def _with_activations(

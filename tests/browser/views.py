@@ -108,6 +108,7 @@ def shard() -> ShardStateView:
         "kv_blocks_used": 300,
         "kv_blocks_total": 1000,
         "tokens_per_second": 480.0,
+        "saturation": 0.19,
         "ttft_ms": {"p50": 41.0, "p95": 120.0},
         "tpot_ms": {"p50": 8.2, "p95": 11.0},
     }

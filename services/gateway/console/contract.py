@@ -81,8 +81,9 @@ class WorkerStateView(TypedDict):
 
 
 class ShardStateView(TypedDict):
-    """`tokens_per_second` are generated tokens. TTFT and TPOT are of this gateway's requests there,
-    over the long window."""
+    """`tokens_per_second` are generated tokens, `saturation` is the share of its time that the
+    shard spends in full steps (None: it does not tell). TTFT and TPOT are of this gateway's requests
+    there, over the long window."""
 
     shard_id: str
     state: Literal["ready", "lost"]
@@ -98,6 +99,7 @@ class ShardStateView(TypedDict):
     kv_blocks_used: int
     kv_blocks_total: int
     tokens_per_second: float | None
+    saturation: float | None
     ttft_ms: Percentiles | None
     tpot_ms: Percentiles | None
 

@@ -149,6 +149,7 @@ def _shard(
         "kv_blocks_used": record.kv_blocks_used,
         "kv_blocks_total": record.kv_blocks_total,
         "tokens_per_second": round(rates.counters.get("generated", 0.0), 2) if rates else None,
+        "saturation": round(rates.counters["full_s"], 2) if rates and record.step_s else None,
         "ttft_ms": latencies.ttft.percentiles(now) if latencies and is_timed else None,
         "tpot_ms": latencies.tpot.percentiles(now) if latencies and is_timed else None,
     }

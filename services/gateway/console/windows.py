@@ -150,7 +150,7 @@ def _shard_sample(shard: ShardRecord, now: float) -> _Sample:
         read_at=now,
         started_at=shard.started_at,
         slots=shard.expert_load,
-        counters={"generated": float(shard.num_generated_tokens)},
+        counters={"generated": float(shard.num_generated_tokens), "full_s": shard.full_s},
     )
 
 

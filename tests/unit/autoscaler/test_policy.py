@@ -47,7 +47,6 @@ def worker(
         "free_bytes": 10 * room,
         "sampled_s": 2.0,
         "utilization": busy,
-        "frames": 100.0,
         "rows": rows or {},
         "activations": activations or {},
     }
@@ -89,16 +88,6 @@ def test_chance_is_not_heat() -> None:
     w0 = worker("w0", [(0, 0)], busy=0.4, activations={(0, 0): 4.0})
     w1 = worker("w1", [(0, 1)], room=4, busy=0.2, activations={(0, 1): 2.0})
     assert rounds(NO_SHADOWS, view(w0, w1, phase="decode"), 10)[0] == []
-
-
-def test_rows_of_a_few_prompts_are_chance_too() -> None:
-    """Of three prompts in the window, one more reached w0: many rows, but only one prompt."""
-    w0_rows = {(0, 0): 450.0, (0, 1): 450.0}
-    w0 = worker("w0", w0_rows, busy=0.8, rows=w0_rows, frames=1.5)
-    w1 = worker("w1", [(0, 2)], room=4, busy=0.4, rows={(0, 2): 450.0}, frames=1.5)
-    assert rounds(NO_SHADOWS, view(w0, w1, phase="prefill"), 10)[0] == []
-    many = [replace(one, frames=60.0) for one in (w0, w1)]
-    assert _first_load(rounds(NO_SHADOWS, view(*many, phase="prefill"), 10)[0]) == ("w1", (0, 0))
 
 
 def test_a_worker_that_loads_replicas_is_slow_for_that_and_not_hot() -> None:

@@ -103,3 +103,30 @@ def test_shards_of_an_older_version_tell_nothing() -> None:
     window = LoadWindow()
     window.add(FleetSnapshot.of([worker_record("w"), shard_record(written_at=1.0)]), now=0.0)
     assert (window.view().saturation, window.view().experts_share) == (None, None)
+
+
+def test_a_prompt_that_only_one_lease_has_seen_is_no_heat() -> None:
+    """Two workers with half of every prompt each; b's lease was written just before the third."""
+    window = LoadWindow(window_s=2.0)
+    half = {"a": (0, 0), "b": (0, 1)}
+    for at, num_prompts in ((0.0, {"a": 0, "b": 0}), (2.0, {"a": 3, "b": 2})):
+        records = [
+            worker_record(
+                name,
+                {slot},
+                tokens={slot: 100 * num_prompts[name]},
+                busy_s=0.2 * num_prompts[name],
+                num_frames=num_prompts[name],
+                written_at=10.0 + at,
+            )
+            for name, slot in half.items()
+        ]
+        load = dict.fromkeys(half.values(), 100 * num_prompts["a"])
+        shard = shard_record(
+            expert_load=load, num_prefilled_tokens=100 * num_prompts["a"], written_at=10.0 + at
+        )
+        window.add(FleetSnapshot.of([*records, shard]), now=at)
+    workers = window.view().workers
+    assert workers["a"].rows[0, 0] == workers["b"].rows[0, 1] == 150.0
+    assert workers["a"].utilization == pytest.approx(0.3)
+    assert workers["b"].utilization == pytest.approx(0.3)

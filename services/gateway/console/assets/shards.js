@@ -9,6 +9,7 @@ const COLUMNS = [
   { title: "Shard" },
   { title: "State" },
   { title: "Batch", class: "wide" },
+  { title: "Saturation", class: "wide" },
   { title: "KV blocks", class: "wide" },
   { title: "Waiting", class: "number" },
   { title: "Tokens/s", class: "number" },
@@ -44,13 +45,14 @@ function update(cells, shard, row) {
   cells[2].replaceChildren(most
     ? meter(shard.num_running / most, `${count(shard.num_running)} of ${count(most)}`)
     : count(shard.num_running));
+  cells[3].replaceChildren(meter(shard.saturation, percent(shard.saturation, 0)));
   const total = shard.kv_blocks_total;
-  cells[3].replaceChildren(meter(total ? shard.kv_blocks_used / total : null,
+  cells[4].replaceChildren(meter(total ? shard.kv_blocks_used / total : null,
     `${percent(total ? shard.kv_blocks_used / total : null, 0)} of ${short(total)}`));
-  setText(cells[4], shard.num_waiting ? `${count(shard.num_waiting)} (${short(shard.waiting_tokens)} tok)` : "0");
-  setText(cells[5], short(shard.tokens_per_second));
-  showPercentiles(cells[6], shard.ttft_ms);
-  showPercentiles(cells[7], shard.tpot_ms);
+  setText(cells[5], shard.num_waiting ? `${count(shard.num_waiting)} (${short(shard.waiting_tokens)} tok)` : "0");
+  setText(cells[6], short(shard.tokens_per_second));
+  showPercentiles(cells[7], shard.ttft_ms);
+  showPercentiles(cells[8], shard.tpot_ms);
 }
 
 /** The median, and p95 below it. */

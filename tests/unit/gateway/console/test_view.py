@@ -110,7 +110,13 @@ def test_workers_and_shards_tell_their_rates_and_latencies(model_folder: Path) -
         read(
             fleet,
             worker("a", {0}, tokens={(0, 0): 30 * second}, busy_s=0.5 * second, written_at=at),
-            shard_record(num_generated_tokens=40 * second, written_at=at, max_num_seqs=16),
+            shard_record(
+                num_generated_tokens=40 * second,
+                written_at=at,
+                max_num_seqs=16,
+                step_s=1.0 + second,
+                full_s=0.25 * second,
+            ),
             at=at,
         )
     activity.shard_served("shard-0", 0.2, 0.01)
@@ -118,6 +124,7 @@ def test_workers_and_shards_tell_their_rates_and_latencies(model_folder: Path) -
     assert (view["workers"][0]["tokens_per_second"], view["workers"][0]["busy"]) == (30.0, 0.5)
     (shard,) = view["shards"]
     assert (shard["tokens_per_second"], shard["max_num_seqs"]) == (40.0, 16)
+    assert shard["saturation"] == 0.25
     assert shard["ttft_ms"] == {"p50": 200.0, "p95": 200.0}
     assert shard["tpot_ms"] == {"p50": 10.0, "p95": 10.0}
 

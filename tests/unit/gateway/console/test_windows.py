@@ -32,7 +32,11 @@ def test_one_lease_makes_no_rate_and_two_make_one_over_the_leases_own_times() ->
     windows.add(fleet(shard(101.0, 40)), 101.9)
     now = windows.of("shard-0", 101.9).now
     assert now is not None
-    assert (now.slots, now.span_s, now.counters) == ({HOT: 30.0}, 1.0, {"generated": 30.0})
+    assert (now.slots, now.span_s, now.counters) == (
+        {HOT: 30.0},
+        1.0,
+        {"generated": 30.0, "full_s": 0.0},
+    )
 
 
 def test_an_expert_that_turns_hot_shows_at_once_now_and_slowly_over_the_window() -> None:
