@@ -82,8 +82,8 @@ class WorkerStateView(TypedDict):
 
 class ShardStateView(TypedDict):
     """`tokens_per_second` are generated tokens, `saturation` is the share of its time that the
-    shard spends in full steps (None: it does not tell). TTFT and TPOT are of this gateway's requests
-    there, over the long window."""
+    shard spends in full steps (None: it does not tell). TTFT and TPOT are of this gateway's
+    requests there, over the long window."""
 
     shard_id: str
     state: Literal["ready", "lost"]
