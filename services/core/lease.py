@@ -73,6 +73,10 @@ class Lease:
             )
 
     async def _beat(self) -> None:
+        """Never ends by itself: without its lease a process is lost to the fleet."""
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            await self.publish()
+            try:
+                await self.publish()
+            except Exception as error:
+                _logger.error("a heartbeat failed, trying on", exc_info=error)

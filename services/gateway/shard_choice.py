@@ -22,17 +22,21 @@ class ShardChooser:
 
     def __init__(self) -> None:
         self._shard_of_chunk: OrderedDict[bytes, str] = OrderedDict()
+        self._chosen: OrderedDict[str, None] = OrderedDict()
+        """Shards, the one that was chosen last at the end."""
 
     def choose(self, request: GenerateRequest, load: Mapping[str, float]) -> str:
         """One of the shards of `load`, which is in waiting tokens and not empty.
 
         A session sticks to its shard by rendezvous hashing (Thaler and Ravishankar, 1998), so few
         sessions move when shards come and go. A cached prefix counts as long as its shard is not
-        clearly busier than the least loaded one.
+        clearly busier than the least loaded one. Of equally loaded shards it is the turn of the one
+        that was not chosen for longest.
         """
         if request.session_id is not None:
             return session_shard(request.tenant, request.session_id, list(load))
-        least = min(load, key=lambda shard: load[shard])
+        turns = {shard: turn for turn, shard in enumerate(self._chosen)}
+        least = min(load, key=lambda shard: (load[shard], turns.get(shard, -1)))
         chunks = list(_chunk_hashes(request))
         for chunk in reversed(chunks):
             known = self._shard_of_chunk.get(chunk, "")
@@ -44,6 +48,10 @@ class ShardChooser:
             self._shard_of_chunk.move_to_end(chunk)
         while len(self._shard_of_chunk) > _MAX_CHUNKS:
             self._shard_of_chunk.popitem(last=False)
+        self._chosen[least] = None
+        self._chosen.move_to_end(least)
+        while len(self._chosen) > len(load):
+            self._chosen.popitem(last=False)
         return least
 
 

@@ -76,5 +76,6 @@ async def test_every_transport_gives_the_bits_of_the_experts_in_process_and_outl
             workers[2].process.kill()
             for _ in range(20):
                 await check_call(remote, local, 8, StepContext())
+            workers[2].process.wait()
     finally:
         await remote.close()

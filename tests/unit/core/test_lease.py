@@ -18,9 +18,12 @@ class FlakyRegistry:
         self.published: list[WorkerRecord | ShardRecord] = []
         self.removed: list[str] = []
         self.num_calls = 0
+        self.fails_at_call = 0
 
     async def publish(self, record: WorkerRecord | ShardRecord, lease_s: float) -> None:
         self.num_calls += 1
+        if self.num_calls == self.fails_at_call:
+            raise KeyError("unforeseen")
         if self.is_away:
             raise UnavailableError("no store")
         assert lease_s == 5.0
@@ -91,6 +94,17 @@ async def test_an_outage_is_logged_once_and_the_heart_beats_on(
     registry.is_away = False
     await eventually(lambda: bool(registry.published))
     await eventually(lambda: [r.levelname for r in caplog.records] == ["WARNING", "INFO"])
+    await lease.end("w")
+
+
+async def test_no_error_stops_the_heart(caplog: pytest.LogCaptureFixture) -> None:
+    registry = FlakyRegistry()
+    registry.fails_at_call = 2
+    lease = make_lease(registry)
+    await lease.start()
+    await eventually(lambda: len(registry.published) >= 3)
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info is not None) == ("ERROR", True)
     await lease.end("w")
 
 
