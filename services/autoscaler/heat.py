@@ -53,6 +53,7 @@ def level_workers(plan: Plan) -> None:
             name
             for name in loads.utilization
             if plan.can_load(name, slot)
+            and loads.are_uneven(busiest, name)
             and loads.utilization[name] + loads.new_share(slot, name)
             < before / plan.options.cool_ratio
         ]

@@ -17,6 +17,9 @@ from services.core.registry import Slot
 
 SIGNIFICANCE = 3.0
 """Standard deviations of a count (its square root) by which an excess must exceed chance."""
+STEP_SIGNIFICANCE = 1.5
+"""The same of steps: in prefill rows come by whole prompts, of which a window has few, and how long
+each takes varies. Five steps let pass what is three times the others' load."""
 
 
 class SlotLoads:
@@ -27,6 +30,7 @@ class SlotLoads:
         self._costs = [worker.costs(view.phase) for worker in view.ready.values()]
         self._of_slot: defaultdict[Slot, dict[str, float]] = defaultdict(dict)
         self._of_layer: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        self._is_prefill = view.phase == "prefill"
         self._counts: defaultdict[int, dict[str, float]] = defaultdict(dict)
         self._seconds_per_cost: dict[str, float] = {}
         self.utilization = {name: worker.utilization for name, worker in self._workers.items()}
@@ -85,7 +89,13 @@ class SlotLoads:
         """Whether the excess over the other workers is more than chance would give."""
         count = self._counts[layer].get(worker_id, 0.0)
         excess = 1 - 1 / max(1.0, self.ratio(layer, worker_id))
-        return excess * count >= SIGNIFICANCE * math.sqrt(count)
+        is_common = excess * count >= SIGNIFICANCE * math.sqrt(count)
+        return is_common and self._is_beyond_steps(excess, worker_id)
+
+    def are_uneven(self, busy: str, idle: str) -> bool:
+        """Whether one worker is busier than another by more than chance would give."""
+        excess = 1 - self.utilization[idle] / self.utilization[busy]
+        return self._is_beyond_steps(excess, busy)
 
     def with_replica(self, slot: Slot, worker_id: str) -> dict[str, float]:
         """Loads in the slot's layer of all workers concerned, once this one shares the slot."""
@@ -159,6 +169,10 @@ class SlotLoads:
             twin._of_slot[slot] = dict(self._of_slot[slot])
             twin._of_layer[slot[0]] = dict(self._of_layer[slot[0]])
         return twin
+
+    def _is_beyond_steps(self, excess: float, worker_id: str) -> bool:
+        num_steps = self._workers[worker_id].num_steps
+        return not self._is_prefill or excess * math.sqrt(num_steps) >= STEP_SIGNIFICANCE
 
     def _cost(self, slot: Slot) -> float:
         return math.fsum(costs.get(slot, 0.0) for costs in self._costs)

@@ -21,7 +21,7 @@ class WorkerView:
     `host` and `device` name the memory it shares with others. `free_bytes` is what further slots
     may take, `slot_bytes` what one takes (0: unknown). `utilization` is the share of the window
     spent computing. `rows` and `activations` are expert rows and distinct (frame, expert) pairs per
-    second and slot. `queue_ms` and `compute_ms` are means per frame.
+    second and slot, `frames` those of all layers. `queue_ms` and `compute_ms` are means per frame.
     """
 
     worker_id: str
@@ -36,6 +36,7 @@ class WorkerView:
     utilization: float = 0.0
     queue_ms: float = 0.0
     compute_ms: float = 0.0
+    frames: float = 0.0
     rows: Mapping[Slot, float] = field(default_factory=dict)
     activations: Mapping[Slot, float] = field(default_factory=dict)
 
@@ -47,6 +48,12 @@ class WorkerView:
     @property
     def memory_pool(self) -> tuple[str, str]:
         return (self.host, self.device)
+
+    @property
+    def num_steps(self) -> float:
+        """In the window, as frames of one layer."""
+        num_layers = len({layer for layer, _ in self.slots})
+        return self.frames * self.sampled_s / num_layers if num_layers else 0.0
 
     def costs(self, phase: Phase) -> Mapping[Slot, float]:
         """What each slot costs here, in units that compare within a phase.

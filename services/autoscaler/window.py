@@ -25,8 +25,8 @@ PREFILL_ROWS_PER_ACTIVATION = 16.0
 class LoadWindow:
     """Give it every snapshot with `add`, then read `view`. `now` is in seconds and only grows.
 
-    How saturated the shards are is taken over `saturation_window_s`, as requests come by chance,
-    and anew when workers have come or gone: it was another fleet's.
+    How saturated the shards are is taken over `saturation_window_s`, as requests come by chance.
+    All load is measured anew when workers have come or gone: it was another fleet's.
     """
 
     def __init__(self, window_s: float = 2.0, saturation_window_s: float = 6.0) -> None:
@@ -41,13 +41,14 @@ class LoadWindow:
 
     def add(self, snapshot: FleetSnapshot, now: float) -> None:
         self._records = snapshot.workers
+        ready = frozenset(one.worker_id for one in snapshot.workers if one.state == "ready")
+        if ready != self._ready:
+            self._workers.clear()
+            self._steps.clear()
+            self._ready = ready
         for worker in snapshot.workers:
             series = self._workers.setdefault(worker.worker_id, _Series())
             series.add(_worker_sample(worker, now), worker.started_at, self._window_s)
-        ready = frozenset(one.worker_id for one in snapshot.workers if one.state == "ready")
-        if ready != self._ready:
-            self._steps.clear()
-            self._ready = ready
         for shard in snapshot.shards:
             sample = _shard_sample(shard, now)
             for known, window_s in (
@@ -190,6 +191,7 @@ def _view(record: WorkerRecord, series: _Series) -> WorkerView:
         utilization=min(1.0, busy),
         queue_ms=record.queue_ms,
         compute_ms=record.compute_ms,
+        frames=frames,
         rows=rows,
     )
 

@@ -47,6 +47,7 @@ def worker(
         "free_bytes": 10 * room,
         "sampled_s": 2.0,
         "utilization": busy,
+        "frames": 100.0,
         "rows": rows or {},
         "activations": activations or {},
     }
@@ -88,6 +89,17 @@ def test_chance_is_not_heat() -> None:
     w0 = worker("w0", [(0, 0)], busy=0.4, activations={(0, 0): 4.0})
     w1 = worker("w1", [(0, 1)], room=4, busy=0.2, activations={(0, 1): 2.0})
     assert rounds(NO_SHADOWS, view(w0, w1, phase="decode"), 10)[0] == []
+
+
+def test_in_a_few_steps_it_takes_more_to_be_hot() -> None:
+    """Two prompts a second: some of their frames take half as long again, and that is no heat."""
+    rows = {(0, 0): 450.0, (0, 1): 450.0}
+    for times, num_steps, is_hot in ((1.6, 4, False), (5.0, 6, True), (1.6, 40, True)):
+        others = {(0, 2): 900.0 / times}
+        w0 = worker("w0", rows, busy=0.8, rows=rows, frames=num_steps / 2)
+        w1 = worker("w1", others, room=4, busy=0.8 / times, rows=others, frames=num_steps / 2)
+        planned, _ = rounds(NO_SHADOWS, view(w0, w1, phase="prefill"), 3)
+        assert bool(planned) is is_hot, (times, num_steps)
 
 
 def test_a_worker_that_loads_replicas_is_slow_for_that_and_not_hot() -> None:
