@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 
 import torch
 import uvloop
@@ -59,7 +58,6 @@ def run_worker(
     worker_id = worker_id or f"worker-{secrets.token_hex(4)}"
     configure_logging(settings.log_level, service="worker", instance=worker_id)
     num_threads = settings.num_threads or _fitted_threads()
-    _let_others_finish()
     set_num_threads(num_threads)
     torch.set_num_interop_threads(1)
     try:
@@ -78,14 +76,6 @@ def run_worker(
         _logger.error("%s", error.message)
         return EXIT_BAD_INPUT
     return EXIT_OK if is_drained else EXIT_UNANSWERED
-
-
-def _let_others_finish() -> None:
-    """Take no core from who uses it, where this worker and a shard share them: a shard whose first
-    frame wakes a worker has others to send. Threads that are made later do as this one does."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 async def serve(settings: Settings, options: WorkerOptions) -> bool:

@@ -68,7 +68,7 @@ async def test_every_transport_gives_the_bits_of_the_experts_in_process_and_outl
     try:
         await remote.wait_ready()
         await eventually(lambda: len(remote._pool.view.links) == len(endpoints))
-        for num_tokens in (1, 2, 16, 17, 200, 3000, 12_000):
+        for num_tokens in (1, 2, 16, 17, 200, 3000):
             for micro_batch in (0, 1):
                 context = StepContext(micro_batch=micro_batch)
                 await check_call(remote, local, num_tokens, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import signal
 import struct
@@ -313,13 +312,6 @@ def until_cut(lane: LaneSocket) -> Iterator[bytes]:
     with contextlib.suppress(EOFError):
         while True:
             yield lane.receive()
-
-
-def test_a_worker_takes_no_core_from_who_uses_it(worker: WorkerProcess) -> None:
-    """The shard that wakes it, for one, has frames for other workers still to send."""
-    tasks = list(Path(f"/proc/{worker.process.pid}/task").iterdir())
-    assert "lane" in {(task / "comm").read_text().strip() for task in tasks}
-    assert {os.sched_getscheduler(int(task.name)) for task in tasks} == {os.SCHED_BATCH}
 
 
 def test_a_worker_offers_no_lane_when_told_so(model: Path) -> None:

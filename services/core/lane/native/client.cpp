@@ -19,9 +19,6 @@ namespace {
 constexpr int kMaxReady = 64;
 // Call ids of rounds; those of frames that are sent one by one lie below.
 constexpr int64_t kFirstCallId = int64_t{1} << 40;
-// Frames of a round that are together so small are all packed before the first is sent: who gets
-// one may take the core that packs the others. Of larger ones the first is computed meanwhile.
-constexpr size_t kPackedTogether = 1 << 20;
 
 int64_t now_ns() {
   timespec time{};
@@ -130,7 +127,13 @@ class Client {
     next_call_id_ += static_cast<int64_t>(round->num_parts());
     Round& running = *round;
     rounds_.push_back(std::move(round));
-    send_frames(running);
+    for (size_t i = 0; i < running.num_parts(); ++i) {
+      Connection& connection = *find(running.connection_of(i));
+      const iovec frame = running.frame(i, scratch_);
+      connection.write(&frame, 1);
+      running.sent(i, now_ns());
+      if (connection.is_broken()) note_broken(connection);
+    }
     waited_for_ = id;
     const int64_t give_up_ns = started_ns + 1000 * wait_us;
     while (wait_us > 0 && running.state() == kWaiting && events_.empty()) {
@@ -158,21 +161,6 @@ class Client {
   Connection* find(int64_t id) {
     const auto found = connections_.find(id);
     return found == connections_.end() ? nullptr : found->second.get();
-  }
-
-  void send_frames(Round& round) {
-    const size_t num_parts = round.num_parts();
-    const bool is_together = round.payload_bytes() <= kPackedTogether;
-    if (packed_.size() < num_parts) packed_.resize(num_parts);
-    frames_.resize(num_parts);
-    for (size_t i = 0; is_together && i < num_parts; ++i) frames_[i] = round.frame(i, packed_[i]);
-    for (size_t i = 0; i < num_parts; ++i) {
-      if (!is_together) frames_[i] = round.frame(i, packed_[0]);
-      Connection& connection = *find(round.connection_of(i));
-      connection.write(&frames_[i], 1);
-      round.sent(i, now_ns());
-      if (connection.is_broken()) note_broken(connection);
-    }
   }
 
   std::unique_ptr<Round> free_round() {
@@ -232,8 +220,7 @@ class Client {
   Event taken_{kGreeted, 0, {}, {}};
   std::vector<Message> received_;
   BufferPool buffers_;
-  std::vector<Buffer> packed_;
-  std::vector<iovec> frames_;
+  Buffer scratch_;
 };
 
 }  // namespace

@@ -81,7 +81,7 @@ void Round::start(int64_t id, int64_t first_call_id, int64_t now_ns) {
   }
 }
 
-iovec Round::frame(size_t index, Buffer& buffer) {
+iovec Round::frame(size_t index, Buffer& scratch) {
   const Part& part = parts_[index];
   const size_t num_tokens = part.stop_token - part.first_token;
   const size_t payload_bytes = num_tokens * row_bytes();
@@ -103,8 +103,8 @@ iovec Round::frame(size_t index, Buffer& buffer) {
         request_.traceparents + static_cast<size_t>(part.worker) * kTraceparentBytes,
         kTraceparentBytes};
   }
-  buffer.reserve(kMaxBeforePayload + payload_bytes + max_request_tail_bytes(fields), 0);
-  uint8_t* const payload = buffer.data() + kMaxBeforePayload;
+  scratch.reserve(kMaxBeforePayload + payload_bytes + max_request_tail_bytes(fields), 0);
+  uint8_t* const payload = scratch.data() + kMaxBeforePayload;
   if (num_tokens == static_cast<size_t>(request_.num_tokens)) {
     std::memcpy(payload, request_.hidden_states, payload_bytes);
   } else {

@@ -96,10 +96,8 @@ class Round {
 
   size_t num_parts() const { return parts_.size(); }
   int64_t connection_of(size_t part) const { return parts_[part].connection; }
-  // Of all frames together.
-  size_t payload_bytes() const { return token_ids_.size() * row_bytes(); }
-  // The bytes of a part's frame, length and all, which are in `buffer`.
-  iovec frame(size_t part, Buffer& buffer);
+  // The bytes of a part's frame, length and all, valid until the next call of this.
+  iovec frame(size_t part, Buffer& scratch);
   void sent(size_t part, int64_t now_ns);
 
   // Takes the answer in if the round waits for it, else leaves it alone.
