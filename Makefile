@@ -6,7 +6,7 @@ PROTOS := protos/experts.proto protos/shards.proto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check chart-check compose-check images images-check format protos protos-check demo-model clean \
-	bench bench-peers bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
+	bench bench-peers bench-targets bench-attention bench-delay bench-dispatch bench-experts bench-gateway \
 	bench-autoscale bench-gpu bench-hot-expert bench-long-context bench-perplexity bench-plan \
 	bench-session-restore bench-steady-cost bench-wide faults soak
 
@@ -65,11 +65,14 @@ faults: setup ## injure the running product; writes docs/performance/faults.{md,
 soak: setup ## random faults under load for 30 minutes (ARGS="--minutes N"); nothing may grow
 	$(PY) -m tests.faults.soak --out docs/performance $(ARGS)
 
-bench: setup ## measure expertfleet beside its peers; writes docs/performance/bench.{md,json,svg}
+bench: setup ## measure expertfleet beside its peers, 40 minutes; writes docs/performance/bench.{md,json,svg}
 	$(PY) -m benchmarks.run $(ARGS)
 
 bench-peers: setup ## make the peers' environments in .bench (vLLM 2.3 GB; llama.cpp is compiled)
 	$(PY) -m benchmarks.peers install $(ARGS)
+
+TARGETS := bench-delay bench-gateway bench-hot-expert bench-steady-cost bench-session-restore bench-wide
+bench-targets: bench $(TARGETS) ## measure all that docs/performance.md has a target for, an hour and a half
 
 bench-dispatch: setup ## measure one MoE layer over gRPC beside in process
 	$(PY) -m benchmarks.dispatch $(ARGS)
@@ -101,7 +104,7 @@ bench-steady-cost: setup ## measure what metrics, traces and checkpoints cost al
 bench-session-restore: setup ## measure restoring a session's KV beside computing it again
 	$(PY) -m benchmarks.session_restore $(ARGS)
 
-bench-autoscale: setup ## a compressed day with and without the autoscaler, eight minutes
+bench-autoscale: setup ## a compressed day with and without the autoscaler, 20 minutes
 	$(PY) -m benchmarks.autoscale_trace --real $(ARGS)
 
 bench-gpu: setup ## measure this machine's GPU at the widths of 8x7B and 8x22B

@@ -5,25 +5,34 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from benchmarks.bound import Ceilings, decode_bound, prefill_bound
-from benchmarks.rounds import Samples, Workload
+from benchmarks.rounds import Samples, Workload, pooled
 from benchmarks.targets import BOUND, ELSEWHERE, TARGETS, verdict
 from services.core.model_config import ModelConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """One model's samples. `skipped` are sides that were asked for and did not start: reasons."""
+    """One model's samples, by group of sides that were loaded together, with `num_rounds` each.
+
+    `skipped` are sides that were asked for and did not start: reasons.
+    """
 
     name: str
     config: ModelConfig
     workloads: Sequence[Workload]
     num_rounds: int
-    samples: Samples
+    groups: Sequence[Samples]
     versions: Mapping[str, Mapping[str, str]]
     skipped: Mapping[str, str]
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Of all groups."""
+        return pooled(self.groups)
 
     @property
     def labels(self) -> list[str]:
@@ -36,24 +45,31 @@ class ModelReport:
 
     def bounds(self) -> dict[str, float]:
         """Tokens per second by label that the machine's ceilings allow in bfloat16, as median."""
-        return {label: statistics.median(each) for label, each in self._bounds().items()}
+        bounds = self._bounds(self.samples)
+        return {label: statistics.median(each) for label, each in bounds.items()}
 
     def ratio(self, label: str, side: str, other: str) -> float | None:
         """Of two sides, or of a side and the bound, as median of the rounds' ratios."""
-        if other != BOUND:
-            return self.samples.ratio(label, side, other)
-        rates = self.samples.rates.get(label, {}).get(side)
-        bounds = self._bounds().get(label)
-        if not rates or not bounds:
-            return None
-        return statistics.median(rate / bound for rate, bound in zip(rates, bounds, strict=True))
+        ratios = [
+            ratio for group in self.groups for ratio in self._ratios(group, label, side, other)
+        ]
+        return statistics.median(ratios) if ratios else None
 
-    def _bounds(self) -> dict[str, list[float]]:
+    def _ratios(self, group: Samples, label: str, side: str, other: str) -> list[float]:
+        if other != BOUND:
+            return group.ratios(label, side, other)
+        rates = group.rates.get(label, {}).get(side)
+        bounds = self._bounds(group).get(label)
+        if not rates or not bounds:
+            return []
+        return [rate / bound for rate, bound in zip(rates, bounds, strict=True)]
+
+    def _bounds(self, samples: Samples) -> dict[str, list[float]]:
         """Of each round."""
         return {
             workload.label: [self._bound(workload, ceilings) for ceilings in each]
             for workload in self.workloads
-            if (each := self.samples.ceilings.get(workload.label))
+            if (each := samples.ceilings.get(workload.label))
         }
 
     def _bound(self, workload: Workload, ceilings: Ceilings) -> float:
@@ -93,6 +109,7 @@ def _figures(model: ModelReport) -> dict[str, Any]:
     samples = model.samples
     return {
         "rounds": model.num_rounds,
+        "groups": [list(next(iter(group.rates.values()))) for group in model.groups],
         "seconds_a_round": samples.seconds_a_round,
         "tokens_per_s": samples.rates,
         "foreign_cpu": samples.foreign,
@@ -138,9 +155,11 @@ def _heading(model: ModelReport) -> str:
     return (
         f"## {model.name}\n\n"
         f"bf16 unless a side's name says otherwise; prompts of {last.prompt_tokens} tokens and "
-        f"{last.new_tokens} new ones; {model.num_rounds} rounds of "
-        f"{model.samples.seconds_a_round:.0f} s; tokens/s as median (lowest to highest). Ceilings, "
-        f"measured before and after each job of the first side: {min(reads):.1f} to "
+        f"{last.new_tokens} new ones; {model.num_rounds} rounds of each of {len(model.groups)} "
+        "groups of sides that are loaded together and take turns, in all "
+        f"{model.samples.seconds_a_round:.0f} s a round; tokens/s as median (lowest to highest) of "
+        "all groups, ratios within a round of one group. Ceilings, "
+        f"measured before and after each job of a group's first side: {min(reads):.1f} to "
         f"{max(reads):.1f} GB/s read, {min(operations):.2f} to {max(operations):.2f} TFLOP/s in "
         "bf16; the bound follows from those of the same moment, by the "
         "formula in `benchmarks/bound.py`."

@@ -7,12 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.agreement import Agreement, check_agreement
 from benchmarks.bound import Ceilings
 from benchmarks.machine import ForeignLoad
 from benchmarks.side_process import SideFailedError, SideProcess
+
+_Value = TypeVar("_Value")
 
 PREFILL_TOKENS = 512
 IDLE_S = 1.0
@@ -77,11 +79,16 @@ class Samples:
 
     def ratio(self, label: str, side: str, other: str) -> float | None:
         """Median over rounds of the two sides' ratio within one round; None without both."""
+        ratios = self.ratios(label, side, other)
+        return statistics.median(ratios) if ratios else None
+
+    def ratios(self, label: str, side: str, other: str) -> list[float]:
+        """One a round; none without both sides."""
         rates = self.rates.get(label, {})
         if side not in rates or other not in rates:
-            return None
+            return []
         pairs = zip(rates[side], rates[other], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        return [mine / theirs for mine, theirs in pairs]
 
     def drop(self, side: str, reason: str) -> None:
         """Forget a side that failed, for its rounds have no partners any more."""
@@ -97,6 +104,31 @@ class Samples:
         if "timings" in result:
             parts = self.timings.setdefault(workload.label, {}).setdefault(side, [])
             parts.append(result["timings"])
+
+
+def pooled(groups: Sequence[Samples]) -> Samples:
+    """The rounds of all groups, one after the other. A side that is in several groups has more of
+    them than its peers, so ratios come from the groups, each by itself."""
+    whole = Samples()
+    for group in groups:
+        _extend(whole.rates, group.rates)
+        _extend(whole.foreign, group.foreign)
+        _extend(whole.timings, group.timings)
+        for label, ceilings in group.ceilings.items():
+            whole.ceilings.setdefault(label, []).extend(ceilings)
+        whole.agreement |= group.agreement
+        whole.idle_cores |= group.idle_cores
+        whole.failed |= group.failed
+        whole.seconds_a_round += group.seconds_a_round
+    return whole
+
+
+def _extend(
+    whole: dict[str, dict[str, list[_Value]]], group: dict[str, dict[str, list[_Value]]]
+) -> None:
+    for label, by_side in group.items():
+        for side, values in by_side.items():
+            whole.setdefault(label, {}).setdefault(side, []).extend(values)
 
 
 def workloads(batches: Sequence[int], *, context: int, new_tokens: int) -> list[Workload]:

@@ -1,12 +1,14 @@
 """`make bench`: expertfleet and what else could serve the same weights, side by side.
 
-    python -m benchmarks.run [--models bench-s,demo] [--batches 1,8,32] [--rounds 5] [--sides ...]
+    python -m benchmarks.run [--models bench-s,demo] [--batches 1,8,32] [--rounds 2] [--sides ...]
 
-Every side stays loaded in a process of its own; rounds alternate between them on the same weights
-and the same fresh random prompts. Sides that are not installed (`python -m benchmarks.peers
-install`) or do not fit in memory are skipped with a word. Before it measures, it checks that sides
-answer alike. Writes bench.md, bench.json and bench.svg; ratios are the result. With all sides on
-bench-s a round takes about four minutes on two cores, loading and warming up about fifteen.
+Sides are measured in groups that fit in memory together, one group after the other; a ratio is
+between two sides of a group. There, every side stays loaded in a process of its own; rounds
+alternate between them on the same weights and the same fresh random prompts. Sides that are not
+installed (`python -m benchmarks.peers install`) or do not fit in memory are skipped with a word.
+Before it measures, it checks that sides answer alike. Writes bench.md, bench.json and bench.svg;
+ratios are the result. On two cores each of the four groups takes about nine minutes with bench-s,
+of which a round is one and a half.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -28,9 +31,10 @@ from benchmarks.machine import describe_machine
 from benchmarks.plot import plot
 from benchmarks.random_checkpoint import SHAPES, write_named_checkpoint
 from benchmarks.report import ModelReport, figures, markdown
-from benchmarks.rounds import Rounds, workloads
+from benchmarks.rounds import Rounds, Samples, Workload, workloads
 from benchmarks.side_process import SideFailedError, SideProcess
 from benchmarks.sides import (
+    GROUPS,
     SIDES,
     Places,
     SideSpec,
@@ -38,7 +42,7 @@ from benchmarks.sides import (
     is_side,
     side_spec,
 )
-from services.core.model_config import load_model_config
+from services.core.model_config import ModelConfig, load_model_config
 
 DEMO = Path("models/demo").resolve()
 PROBE = SideSpec(name="ceilings", command=(sys.executable, "-m", "benchmarks.ceilings"))
@@ -52,7 +56,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := {*arguments.models.split(",")} - {"demo", *SHAPES}:
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
-    if unknown := {name for name in arguments.sides.split(",") if not is_side(name)}:
+    groups = [group.split(",") for group in arguments.sides.split("/")]
+    if unknown := {name for group in groups for name in group if not is_side(name)}:
         parser.error(f"no such side: {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
     # So that a run that is terminated ends the sides that it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -60,7 +65,8 @@ def main() -> int:
     batches = sorted(int(batch) for batch in arguments.batches.split(","))
     try:
         models = [
-            _measure(name, batches, places, arguments) for name in arguments.models.split(",")
+            _measure(name, groups, batches, places, arguments)
+            for name in arguments.models.split(",")
         ]
     except (DisagreementError, SideFailedError) as error:
         _say(f"error: {error}")
@@ -81,12 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="bench-s,demo", help=f"demo, {', '.join(SHAPES)}")
+    parser.add_argument("--models", default="bench-s", help=f"demo, {', '.join(SHAPES)}")
     parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sides", default=",".join(SIDES), help="default: all (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--sides",
+        default="/".join(",".join(group) for group in GROUPS),
+        help="groups of them, a slash between two; default: %(default)s",
+    )
     parser.add_argument("--context", type=int, default=128, help="prompt tokens when decoding")
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("docs/performance"))
     parser.add_argument(
         "--work-dir",
@@ -98,46 +108,91 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(
-    name: str, batches: Sequence[int], places: Places, arguments: argparse.Namespace
+    name: str,
+    groups: Sequence[Sequence[str]],
+    batches: Sequence[int],
+    places: Places,
+    arguments: argparse.Namespace,
 ) -> ModelReport:
     folder = DEMO
     if name != "demo":
         folder = write_named_checkpoint(name, places.models / name)
-    config = load_model_config(folder)
-    planned = workloads(batches, context=arguments.context, new_tokens=arguments.new_tokens)
-    skipped: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertfleet-bench-")))
-        sides = []
-        for side_name in arguments.sides.split(","):
+    run = _ModelRun(
+        folder=folder,
+        config=load_model_config(folder),
+        workloads=workloads(batches, context=arguments.context, new_tokens=arguments.new_tokens),
+        num_rounds=arguments.rounds,
+    )
+    for group in groups:
+        run.measure(group, places)
+    return run.report(name)
+
+
+@dataclass(slots=True, kw_only=True)
+class _ModelRun:
+    """All groups of sides with one model."""
+
+    folder: Path
+    config: ModelConfig
+    workloads: Sequence[Workload]
+    num_rounds: int
+    _groups: list[Samples] = field(default_factory=list)
+    _measured: list[set[str]] = field(default_factory=list)
+    _versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    _skipped: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, group: Sequence[str], places: Places) -> None:
+        """Those that can be started; nothing if they have been measured together before."""
+        specs = []
+        for name in group:
             try:
-                spec = side_spec(side_name, folder, places)
-                sides.append(_start(spec, folder, logs, stack))
-            except (SideUnavailableError, SideFailedError) as error:
-                skipped[side_name] = str(error).splitlines()[0]
-                _say(f"{name}: {side_name} is skipped: {error}")
-        if not sides:
+                specs.append(side_spec(name, self.folder, places))
+            except SideUnavailableError as error:
+                self._skip(name, error)
+        if any({spec.name for spec in specs} <= measured for measured in self._measured):
+            return
+        with contextlib.ExitStack() as stack:
+            logs = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="expertfleet-bench-"))
+            )
+            sides = []
+            for spec in specs:
+                try:
+                    sides.append(_start(spec, self.folder, logs, stack))
+                except (SideUnavailableError, SideFailedError) as error:
+                    self._skip(spec.name, error)
+            if not sides:
+                return
+            probe = SideProcess(PROBE, logs / "ceilings.log")
+            stack.callback(probe.close)
+            probe.wait_ready()
+            self._versions |= {side.name: side.versions for side in sides}
+            self._measured.append({side.name for side in sides})
+            rounds = Rounds(
+                sides=sides,
+                probe=probe,
+                workloads=self.workloads,
+                vocab_size=self.config.vocab_size,
+                say=lambda text: _say(f"{self.folder.name}: {text}"),
+            )
+            self._groups.append(rounds.run(self.num_rounds))
+
+    def report(self, name: str) -> ModelReport:
+        if not self._groups:
             raise SideFailedError("no side could be started")
-        probe = SideProcess(PROBE, logs / "ceilings.log")
-        stack.callback(probe.close)
-        probe.wait_ready()
-        rounds = Rounds(
-            sides=sides,
-            probe=probe,
-            workloads=planned,
-            vocab_size=config.vocab_size,
-            say=lambda text: _say(f"{name}: {text}"),
-        )
-        samples = rounds.run(arguments.rounds)
         return ModelReport(
             name=name,
-            config=config,
-            workloads=planned,
-            num_rounds=arguments.rounds,
-            samples=samples,
-            versions={side.name: side.versions for side in sides},
-            skipped=skipped,
+            config=self.config,
+            workloads=self.workloads,
+            num_rounds=self.num_rounds,
+            groups=self._groups,
+            versions=self._versions,
+            skipped=self._skipped,
         )
+
+    def _skip(self, name: str, error: Exception) -> None:
+        self._skipped[name] = str(error).splitlines()[0]
+        _say(f"{self.folder.name}: {name} is skipped: {error}")
 
 
 def _start(spec: SideSpec, folder: Path, logs: Path, stack: contextlib.ExitStack) -> SideProcess:

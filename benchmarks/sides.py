@@ -29,6 +29,14 @@ SIDES = (
 )
 """In the order of the tables. `workersN` takes any N, `-int8` may be `-int4`."""
 
+GROUPS = (
+    ("inprocess", "workers4", "workers2", "vllm", "vllm-tp2"),
+    ("inprocess", "workers4", "workers2", "transformers", "transformers-ep2"),
+    ("inprocess", "workers4-int8", "workers2", "llamacpp-q8_0", "llamacpp-rpc2"),
+    ("inprocess", "inprocess-int8", "transformers-batching", "llamacpp-bf16", "llamacpp-q4_0"),
+)
+"""Sides that are loaded together: all of them at once, on bench-s, take more than 24 GiB."""
+
 _OURS = re.compile(r"(inprocess|workers(?P<workers>\d+))(-(?P<weights>int8|int4))?")
 _ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib/aarch64-linux-gnu"))

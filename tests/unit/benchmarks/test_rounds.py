@@ -151,13 +151,31 @@ def test_the_report_holds_every_side_and_every_target(start: StartFake) -> None:
     assert "bound" in drawn
 
 
-def report_of(run: Rounds, samples: Samples) -> ModelReport:
+def test_ratios_are_within_a_round_of_a_group(start: StartFake) -> None:
+    probe = start("probe", 1.0)
+    slow_hour = rounds([start("inprocess", 10.0, is_ours=True), start("vllm", 10.0)], probe)
+    fast_hour = rounds([start("inprocess", 30.0, is_ours=True), start("transformers", 5.0)], probe)
+    groups = [slow_hour.run(1), fast_hour.run(2)]
+    report = report_of(slow_hour, *groups)
+
+    assert report.sides == ["inprocess", "vllm", "transformers"]
+    assert report.samples.rates["decode 1"]["inprocess"] == pytest.approx([10.0, 30.0, 30.0])
+    assert report.ratio("decode 1", "inprocess", "vllm") == pytest.approx(1.0)
+    assert report.ratio("decode 1", "inprocess", "transformers") == pytest.approx(6.0)
+    assert report.ratio("decode 1", "vllm", "transformers") is None
+    bound = report.bounds()["decode 1"]
+    assert report.ratio("decode 1", "inprocess", BOUND) == pytest.approx(30.0 / bound)
+    written = figures("a machine", "today", [report])["models"]["demo"]
+    assert written["groups"] == [["inprocess", "vllm"], ["inprocess", "transformers"]]
+
+
+def report_of(run: Rounds, *groups: Samples) -> ModelReport:
     return ModelReport(
         name="demo",
         config=demo_config(),
         workloads=run.workloads,
         num_rounds=1,
-        samples=samples,
+        groups=groups,
         versions={side.name: side.versions for side in run.sides},
         skipped={"llamacpp-bf16": "not installed"},
     )

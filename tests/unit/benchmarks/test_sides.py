@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sides import SIDES, Places, SideUnavailableError, is_side, side_spec
+from benchmarks.sides import GROUPS, SIDES, Places, SideUnavailableError, is_side, side_spec
 
 MODEL = Path("/models/bench-s")
 
 
 def test_every_side_of_the_default_is_known() -> None:
     assert all(is_side(name) for name in SIDES)
+    assert {name for group in GROUPS for name in group} == set(SIDES)
     assert is_side("workers16-int4")
     assert not is_side("workers")
 
