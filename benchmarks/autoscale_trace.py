@@ -25,6 +25,7 @@ from benchmarks.autoscale_simulation import (
     even,
     scaled,
 )
+from benchmarks.termination import unwind_on_sigterm
 from services.autoscaler.options import PolicyOptions
 
 LAYERS, EXPERTS = 8, 8
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-workers", type=int, default=4, help="of the real fleets")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the real run's report")
     given = parser.parse_args(arguments)
+    unwind_on_sigterm()
     if given.real:
         # It begins at noon, so that rise, peak and fall lie in one day.
         text = run_real(

@@ -35,6 +35,7 @@ from benchmarks.delay_proxy import DelayedNetwork
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import SHAPES, RandomShape, write_random_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.termination import unwind_on_sigterm
 from benchmarks.workers import lanes_of
 from router_service.engine.step_timings import StepTimings
 from router_service.shard import AttentionShard
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     sys.stdout.write(
         f"{describe_machine()}\n{arguments.model}, bf16, {arguments.workers} workers, "
         f"{arguments.new_tokens} new tokens, {arguments.rounds} rounds\n"

@@ -25,6 +25,7 @@ import uvloop
 from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.termination import unwind_on_sigterm
 from router_service.dispatch.dispatch_timings import DispatchTimings
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.lane_choice import chosen_transport
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,32,128")
     parser.add_argument("--transport", default="grpc,lane", help="grpc, lane or both")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     transports = arguments.transport.split(",")
     tokens = [int(count) for count in arguments.tokens.split(",")]
     with tempfile.TemporaryDirectory(prefix="expertfleet-bench-") as scratch:

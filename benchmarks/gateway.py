@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.machine import ForeignLoad, describe_machine
+from benchmarks.termination import unwind_on_sigterm
 from services.cli.load.client import LoadClient
 from tests.support.product import free_port
 
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/performance/gateway.md"))
     arguments = parser.parse_args()
     # Sides are closed also when the benchmark is told to end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    unwind_on_sigterm()
     generator = random.Random(5)
     ttft: dict[str, list[float]] = {}
     per_token: dict[str, list[float]] = {}

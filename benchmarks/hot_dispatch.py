@@ -26,6 +26,7 @@ import uvloop
 from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.termination import unwind_on_sigterm
 from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.lane_choice import chosen_transport
 from router_service.dispatch.local_experts import LocalExperts
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="8,32,96,480")
     parser.add_argument("--hot", type=float, default=0.7, help="share of the tokens")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     tokens = [int(count) for count in arguments.tokens.split(",")]
     shape = replace(SHAPES[arguments.model], num_hidden_layers=NUM_LAYERS, num_experts_per_tok=1)
     with tempfile.TemporaryDirectory(prefix="expertfleet-bench-") as scratch:

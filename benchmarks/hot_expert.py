@@ -35,6 +35,7 @@ from benchmarks.hot_checkpoint import (
     write_hot_checkpoint,
 )
 from benchmarks.machine import describe_machine
+from benchmarks.termination import unwind_on_sigterm
 from benchmarks.time_plot import Series, draw_over_time
 from services.cli.state_folder import RunningInstance
 from services.core.redis_registry import RedisRegistry
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--load", choices=tuple(LOADS), help="default: both, one after the other")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the report")
     given = parser.parse_args(arguments)
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_hot_checkpoint(folder / "model")

@@ -34,6 +34,7 @@ from benchmarks.delay_proxy import DelayedNetwork
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side import running_workers
+from benchmarks.termination import unwind_on_sigterm
 from benchmarks.workers import lanes_of
 from services.cli.calibration.run import calibrate
 from services.cli.calibration.timing import typical_s
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--delays-ms", default="0,1,5", help="one way")
     parser.add_argument("--hardware", type=Path, help="a calibration; default: measured now")
     arguments = parser.parse_args()
+    unwind_on_sigterm()
     batches = [int(count) for count in arguments.batches.split(",")]
     delays = [float(delay) / 1e3 for delay in arguments.delays_ms.split(",")]
     print(f"{describe_machine()}\n{arguments.model}, {arguments.layers} layers, bf16\n")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from benchmarks.sides import (
     is_side,
     side_spec,
 )
+from benchmarks.termination import unwind_on_sigterm
 from services.core.model_config import ModelConfig, load_model_config
 
 DEMO = Path("models/demo").resolve()
@@ -59,8 +59,7 @@ def main() -> int:
     groups = [group.split(",") for group in arguments.sides.split("/")]
     if unknown := {name for group in groups for name in group if not is_side(name)}:
         parser.error(f"no such side: {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
-    # So that a run that is terminated ends the sides that it has stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    unwind_on_sigterm()
     places = Places.under(arguments.work_dir)
     batches = sorted(int(batch) for batch in arguments.batches.split(","))
     try:

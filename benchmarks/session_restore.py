@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.random_checkpoint import write_named_checkpoint
 from benchmarks.side_process import SideFailedError, SideProcess, running_sides
 from benchmarks.sides import Places, SideSpec
+from benchmarks.termination import unwind_on_sigterm
 from services.core.model_config import load_model_config
 from services.core.store_server import start_server
 
@@ -46,7 +46,7 @@ KV_CACHE_BYTES = 256 << 20
 def main() -> None:
     arguments = _parser().parse_args()
     # So that a run that is terminated ends its sides.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    unwind_on_sigterm()
     model = write_named_checkpoint(MODEL, Places.under(arguments.work_dir).models / MODEL)
     vocab_size = load_model_config(model).vocab_size
     lengths = [int(text) for text in arguments.lengths.split(",")]

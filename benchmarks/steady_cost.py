@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from benchmarks.rounds import Rounds, Samples, workloads
 from benchmarks.side_process import SideProcess, running_sides
 from benchmarks.sides import Places, SideSpec
 from benchmarks.targets import verdict
+from benchmarks.termination import unwind_on_sigterm
 from services.core.model_config import load_model_config
 from services.core.store_server import start_server
 
@@ -63,8 +63,7 @@ COMPARISONS = (
 
 def main() -> None:
     arguments = _parser().parse_args()
-    # So that a run that is terminated ends the sides that it has stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    unwind_on_sigterm()
     batches = [int(text) for text in arguments.batches.split(",")]
     model = write_named_checkpoint(MODEL, Places.under(arguments.work_dir).models / MODEL)
     with _sides(model) as sides:

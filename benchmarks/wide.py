@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.machine import ForeignLoad, describe_machine
 from benchmarks.random_checkpoint import SHAPES, write_named_checkpoint
+from benchmarks.termination import unwind_on_sigterm
 from benchmarks.workers import MeasuredWorker, peak_rss_bytes, start_workers
 from router_service.shard import AttentionShard
 from services.core.generation import GenerateRequest, SamplingParams
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here; default: delete it")
     parser.add_argument("--out", type=Path, default=Path("docs/performance"))
     options = parser.parse_args()
+    unwind_on_sigterm()
     with _checkpoint(options.model, options.layers, options.folder) as folder:
         text = _measure(folder, options.model, options.workers)
     command = f"python -m benchmarks.wide --model {options.model} --layers {options.layers}"
