@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from opentelemetry.trace import Span
 
 from services.core.errors import ExpertUnavailableError
+from services.core.kernels.attention import NativeAttention
+from services.core.kernels.attention_part import LayerAttention
 from services.core.tracing import span_context
 
 
@@ -144,6 +146,46 @@ def expert_unavailable(
         expert=missing[0],
         experts=missing,
     )
+
+
+class StepLayers(NamedTuple):
+    """What native code needs for what comes before the experts of each layer, in one step.
+
+    `layers` is the same object in every step of a decoder with the same cache.
+    """
+
+    layers: Sequence[LayerAttention]
+    attention: NativeAttention
+
+
+class LayersDone(NamedTuple):
+    """Layers before `next_layer` are over; `update` [T, H] is what the last one's experts gave, and
+    `attention_s` the seconds that went into what comes before experts."""
+
+    next_layer: int
+    update: torch.Tensor
+    attention_s: float
+
+
+@runtime_checkable
+class RunsLayers(Protocol):
+    """Experts that can go on from layer to layer by themselves."""
+
+    async def forward_layers(
+        self,
+        first: int,
+        layers: StepLayers,
+        x: torch.Tensor,
+        update: torch.Tensor,
+        context: StepContext,
+    ) -> LayersDone | None:
+        """Compute `first` and layers after it, each as `NativeAttentionPart` and
+        `ExpertBackend.forward` do, with the same bits; `update` [T, H], the output of the layer
+        before, is added to x [T, H] first. At least one, or None where this is not for them.
+
+        `LayersDone.update` may be overwritten by the next call. Raises as `ExpertBackend.forward`.
+        """
+        ...
 
 
 class ExpertBackend(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -44,6 +45,16 @@ class DispatchTimings:
         self.queue_ns += queue_ns
         self.expert_ns += expert_ns
         self.combine_ns += ended_ns - received_ns
+
+    def add_calls(self, num_calls: int, times_ns: Sequence[int]) -> None:
+        """Count so many calls by the sums of their parts, in the order of the fields."""
+        pack_ns, wire_ns, queue_ns, expert_ns, combine_ns = times_ns
+        self.num_calls += num_calls
+        self.pack_ns += pack_ns
+        self.wire_ns += wire_ns
+        self.queue_ns += queue_ns
+        self.expert_ns += expert_ns
+        self.combine_ns += combine_ns
 
     def take(self) -> DispatchTimings:
         """A copy; then start from zero."""

@@ -37,7 +37,7 @@ from router_service.dispatch.transport import ExpertTransport
 from router_service.dispatch.wire_rows import WireRows
 from router_service.dispatch.worker_link import GrpcTransport
 from router_service.dispatch.worker_pool import WorkerPool, log_crash
-from router_service.experts import StepContext
+from router_service.experts import LayersDone, StepContext, StepLayers
 from services.core.bit_patterns import bit_patterns
 from services.core.errors import UnavailableError
 from services.core.model_config import ModelConfig
@@ -132,8 +132,43 @@ class RemoteExperts:
             lane_call = self._lane_calls.begin(
                 layer, hidden_states, topk_ids, topk_weights, context
             )
-            if lane_call is not None and await self._lane_calls.finish(lane_call):
-                return self._take_whole(layer, lane_call, started_ns)
+        gated = topk_ids, topk_weights
+        return await self._complete(layer, hidden_states, gated, context, lane_call, started_ns)
+
+    async def forward_layers(
+        self, first: int, layers: StepLayers, x: Tensor, update: Tensor, context: StepContext
+    ) -> LayersDone | None:
+        if self._lane_calls is None:
+            return None
+        self._start()
+        run = self._lane_calls.run_layers(first, layers, x, update, context)
+        if run is None:
+            return None
+        prepared, request = run.prepared, run.prepared.request
+        whole = slice(first, run.stop)
+        self._load.add(whole, prepared.rows_per_expert[whole])
+        self._timings.add_calls(run.stop - first, request.call_times_ns)
+        attention_s = request.attention_ns * 1e-9
+        if run.stop == len(layers.layers):
+            return LayersDone(run.stop, prepared.output, attention_s)
+        call, started_ns = self._lane_calls.call_of(run), request.attended_ns(run.stop)
+        update = await self._complete(run.stop, *prepared.gated(), context, call, started_ns)
+        return LayersDone(run.stop + 1, update, attention_s)
+
+    async def _complete(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        gate_choice: tuple[Tensor, Tensor],
+        context: StepContext,
+        lane_call: LaneCall | None,
+        started_ns: int,
+    ) -> Tensor:
+        """The layer's output, with or without a `lane_call` that was begun for it."""
+        topk_ids, topk_weights = gate_choice
+        calls = self._lane_calls
+        if calls is not None and lane_call is not None and await calls.finish(lane_call):
+            return self._take_whole(layer, lane_call, started_ns)[: len(hidden_states)]
         rows, topk_weights = on_cpu(hidden_states), on_cpu(topk_weights)
         patterns = bit_patterns(rows)
         bad = find_non_finite(rows, patterns, topk_weights)

@@ -23,8 +23,8 @@ class ExpertLoad:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._counts = np.zeros((num_layers, num_experts), dtype=np.int64)
 
-    def add(self, layer: int, rows_per_expert: NDArray[np.int64]) -> None:
-        """`rows_per_expert` [E]: assignments of one layer call."""
+    def add(self, layer: int | slice, rows_per_expert: NDArray[np.int64]) -> None:
+        """`rows_per_expert` [E]: assignments of one layer call; of several layers, [layers, E]."""
         self._counts[layer] += rows_per_expert
 
     def counts(self) -> NDArray[np.int64]:

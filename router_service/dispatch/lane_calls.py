@@ -25,13 +25,14 @@ from router_service.dispatch.dispatch_plan import (
     rows_that_fit,
 )
 from router_service.dispatch.dispatch_telemetry import DispatchSpan, RoundNames
+from router_service.dispatch.lane_layers import LayersRun, PreparedLayers, can_run
 from router_service.dispatch.lane_rounds import LaneRound, LaneRounds
 from router_service.dispatch.lane_transport import LaneWorkerLink
 from router_service.dispatch.layer_dispatch import DispatchParts, LayerDispatch
 from router_service.dispatch.replica_chooser import Choice
 from router_service.dispatch.sent_frame import SentFrame
 from router_service.dispatch.worker_pool import PoolView
-from router_service.experts import StepContext
+from router_service.experts import StepContext, StepLayers
 from services.core.errors import MalformedFrameError
 from services.core.lane.client import UNANSWERED, RoundPart, RoundRequest, round_trips
 from services.core.routing_table import RoutingTable
@@ -68,7 +69,8 @@ class LaneCalls:
         self._parts = parts
         self._any_rows = np.ones(num_experts, dtype=np.int64)
         self._max_rows: tuple[PoolView, array[int]] | None = None
-        self._unbooked: list[tuple[RoutingTable, array[int]]] = []
+        self._prepared: PreparedLayers | None = None
+        self._unbooked: list[tuple[RoutingTable, memoryview[int]]] = []
         """Results of rounds; not the rounds, which hold tensors."""
 
     def begin(
@@ -106,6 +108,48 @@ class LaneCalls:
         )
         return None if round_ is None else LaneCall(layer, round_, view, choice, names)
 
+    def run_layers(
+        self, first: int, layers: StepLayers, x: Tensor, update: Tensor, context: StepContext
+    ) -> LayersRun | None:
+        """Run from the layer `first` for as long as nothing has to be decided. None, with nothing
+        computed, where something has: an expert has several workers, or one is stuck; the step is
+        sampled, or not alone in flight."""
+        view, chooser = self._parts.pool.view, self._parts.chooser
+        if (
+            context.trace is not None
+            or context.num_micro_batches > 1
+            or not self._rounds.is_idle
+            or True in view.table.has_choice
+            or (context.incidents is not None and chooser.num_stuck)
+            or not can_run(layers, x, update)
+        ):
+            return None
+        prepared = self._prepared
+        if prepared is None or not prepared.is_of(layers, view):
+            top_k = layers.layers[0].part.num_experts_per_tok
+            prepared = self._prepared = PreparedLayers(
+                layers.layers,
+                view,
+                self._rounds,
+                max_rows=self._max_rows_of(view, x, top_k),
+                hidden_size=x.shape[1],
+                dtype=x.dtype,
+            )
+        stop, round_ = prepared.run(self._rounds, first, layers, x, update)
+        self._parts.budget.earn(prepared.request.num_parts)
+        results = prepared.results[first:stop].copy()
+        self._unbooked.extend((view.table, result.data) for result in results)
+        if len(self._unbooked) >= _MAX_UNBOOKED:
+            self._book_answers()
+        return LayersRun(prepared, first, stop, round_)
+
+    def call_of(self, run: LayersRun) -> LaneCall | None:
+        """The call of the layer at which `run` stopped, None if nothing was sent for it."""
+        if run.round_ is None:
+            return None
+        view = run.prepared.view
+        return LaneCall(run.stop, run.round_, view, Choice(view.table.resolve(run.stop)), None)
+
     async def finish(self, call: LaneCall) -> bool:
         """Whether the call became whole; then its output is there, and it is in the books.
 
@@ -120,7 +164,7 @@ class LaneCalls:
         self._parts.budget.earn(call.request.num_parts)
         if call.names is not None:
             call.names.step.later(self._span_record(call, call.names, time.perf_counter_ns()))
-        self._unbooked.append((call.view.table, call.request.result))
+        self._unbooked.append((call.view.table, call.request.copied_result()))
         if len(self._unbooked) >= _MAX_UNBOOKED:
             self._book_answers()
         return True

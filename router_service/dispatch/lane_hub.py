@@ -12,10 +12,12 @@ from services.core.lane.client import (
     ConnectionBroke,
     Greeted,
     LaneClient,
+    Refusal,
     RoundRequest,
     RoundSettled,
     RoundState,
 )
+from services.core.lane.layers import LayersRequest
 
 
 class ConnectionListener(Protocol):
@@ -75,14 +77,30 @@ class LaneHub:
         released before.
         """
         if self._client is None:
-            return -2
+            return Refusal.NO_WORKER
         round_id = self._client.run_round(request, wait_s=wait_s)
+        self.follow_round(round_id, request, on_settled)
+        return round_id
+
+    def run_layers(self, layers: LayersRequest, *, wait_s: float) -> int:
+        """As `LaneClient.run_layers`; a `Refusal` if there are no connections at all. A round that
+        it returns is to be followed."""
+        if self._client is None:
+            return Refusal.NO_WORKER
+        round_id = self._client.run_layers(layers, wait_s=wait_s)
+        if layers.num_events:
+            self._dispatch_soon()
+        return round_id
+
+    def follow_round(
+        self, round_id: int, request: RoundRequest, on_settled: Callable[[], None]
+    ) -> None:
+        """See `run_round`; nothing for a `Refusal`."""
         if round_id > 0:
             if request.state == RoundState.WAITING:
                 self._on_settled[round_id] = on_settled
             if request.num_events:
                 self._dispatch_soon()
-        return round_id
 
     def release_round(self, round_id: int) -> None:
         self._on_settled.pop(round_id, None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from router_service.dispatch.lane_transport import LaneWorkerLink
 from router_service.dispatch.replica_choice import Share
 from router_service.dispatch.transport import WorkerLink
 from services.core.lane.client import DTYPES, MAX_TOP_K, RoundPart, RoundRequest, RoundState
+from services.core.lane.layers import LayersRequest
 
 BLOCKING_WAIT_S = 0.02
 """How long the loop may stand still for a call that is alone in flight. Going back to the loop and
@@ -79,16 +80,31 @@ class LaneRounds:
             topk_ids=topk_ids,
             topk_weights=topk_weights,
             worker_of_expert=worker_of_expert,
-            connections=self._connections_of(links, stream),
+            connections=self.connections_of(links, stream),
             max_rows=max_rows,
             shares=_share_words(shares) if shares else _NO_SHARES,
             traceparents=traceparents,
         )
         round_ = LaneRound(self._hub, request)
-        is_alone = may_block and self._num_in_flight == 0
+        is_alone = may_block and self.is_idle
         if not round_.run(self._blocking_wait_s if is_alone else 0.0):
             return None
         return round_
+
+    def run_layers(
+        self, layers: LayersRequest, request_of: Callable[[int], RoundRequest]
+    ) -> LaneRound | None:
+        """Run them while no others are in flight. The round of the first that is not whole, whose
+        request is `request_of(layers.num_whole)`; None where nothing was sent for that one, or
+        where there is none."""
+        round_id = self._hub.run_layers(layers, wait_s=self._blocking_wait_s)
+        if round_id <= 0:
+            return None
+        return LaneRound(self._hub, request_of(layers.num_whole), round_id)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._num_in_flight == 0
 
     async def wait(self, round_: LaneRound, timeout_s: float) -> bool:
         """Whether the round became whole in time. If not, it is over, and `parts` of it are as they
@@ -107,7 +123,7 @@ class LaneRounds:
             round_.give_up()
         return round_.is_whole
 
-    def _connections_of(self, links: Sequence[WorkerLink], stream: int) -> array[int]:
+    def connections_of(self, links: Sequence[WorkerLink], stream: int) -> array[int]:
         """[W]; made when they are first needed, and again for other links."""
         known = self._connections.get(stream)
         if known is not None and known[0] is links:
@@ -122,12 +138,14 @@ class LaneRound:
 
     __slots__ = ("_hub", "_id", "_settled", "parts", "request")
 
-    def __init__(self, hub: LaneHub, request: RoundRequest) -> None:
+    def __init__(self, hub: LaneHub, request: RoundRequest, round_id: int = 0) -> None:
+        """With a `round_id` it was sent already."""
         self._hub = hub
-        self._id = 0
+        self._id = round_id
         self._settled: asyncio.Future[None] | None = None
         self.request = request
         self.parts: list[RoundPart] = []
+        hub.follow_round(round_id, request, self._settle)
 
     def run(self, wait_s: float) -> bool:
         """Send, and wait where the caller stands. False if nothing was sent."""

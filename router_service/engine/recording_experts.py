@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_service.engine.step_timings import StepTimings, TimedExperts
-from router_service.experts import ExpertBackend, StepContext
+from router_service.experts import ExpertBackend, StepContext, StepLayers
 
 
 class RecordingExperts(TimedExperts):
@@ -31,6 +31,16 @@ class RecordingExperts(TimedExperts):
     ) -> torch.Tensor:
         self._topk_ids.append(topk_ids)
         return await super().forward(layer, hidden_states, topk_ids, topk_weights, context)
+
+    async def forward_layers(
+        self,
+        first: int,
+        layers: StepLayers,
+        x: torch.Tensor,
+        update: torch.Tensor,
+        context: StepContext,
+    ) -> None:
+        """Each layer's ids are wanted here."""
 
     def choices(self) -> NDArray[np.uint8]:
         """uint8 [T, layers, K] of the batch's tokens, best first. After the whole forward pass."""

@@ -10,7 +10,13 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from router_service.dispatch.dispatch_timings import DispatchTimings
-from router_service.experts import ExpertBackend, StepContext
+from router_service.experts import (
+    ExpertBackend,
+    LayersDone,
+    RunsLayers,
+    StepContext,
+    StepLayers,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +144,25 @@ class TimedExperts:
             )
         finally:
             self._resumed_at = time.perf_counter()
+
+    async def forward_layers(
+        self,
+        first: int,
+        layers: StepLayers,
+        x: torch.Tensor,
+        update: torch.Tensor,
+        context: StepContext,
+    ) -> LayersDone | None:
+        if not isinstance(self._experts, RunsLayers):
+            return None
+        self._timings.attention_s += time.perf_counter() - self._resumed_at
+        try:
+            done = await self._experts.forward_layers(first, layers, x, update, context)
+        finally:
+            self._resumed_at = time.perf_counter()
+        if done is not None:
+            self._timings.attention_s += done.attention_s
+        return done
 
     def finish_forward(self) -> None:
         self._timings.head_s += time.perf_counter() - self._resumed_at

@@ -71,7 +71,7 @@ class NativeAttentionPlan:
         sliding_window: int | None,
         rotation: Rotation,
     ) -> None:
-        self._attention = NativeAttention(
+        self.attention = NativeAttention(
             library,
             num_heads=num_heads,
             num_kv_heads=kv_cache.num_kv_heads,
@@ -89,8 +89,8 @@ class NativeAttentionPlan:
 
     def attend(self, layer: int, qkv: Tensor, kv_cache: KVCache) -> Tensor:
         keys, values = kv_cache.by_slot(layer)
-        self._attention.rotate_and_store(qkv, keys, values)
-        return self._attention.attend(qkv, keys, values)
+        self.attention.rotate_and_store(qkv, keys, values)
+        return self.attention.attend(qkv, keys, values)
 
     def attend_and_gate(
         self,
@@ -101,4 +101,4 @@ class NativeAttentionPlan:
         kv_cache: KVCache,
     ) -> tuple[Tensor, Gated | None]:
         """All of the layer that comes before its experts; see `NativeAttentionPart`."""
-        return part(x, update, self._attention, *kv_cache.by_slot(layer))
+        return part(x, update, self.attention, *kv_cache.by_slot(layer))

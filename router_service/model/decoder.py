@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from router_service.experts import ExpertBackend, StepContext
-from router_service.model.attention import plan_attention
+from router_service.experts import ExpertBackend, RunsLayers, StepContext, StepLayers
+from router_service.model.attention import AttentionPlan, NativeAttentionPlan, plan_attention
 from router_service.model.batch import ForwardBatch
 from router_service.model.decoder_layer import DecoderLayer, SelfAttention
 from router_service.model.gate import TopKGate
@@ -27,6 +27,7 @@ from router_service.model.kv_cache import KVCache
 from router_service.model.norm import RMSNorm
 from router_service.model.rotary import RotaryTable
 from services.core.expert_ffn import FfnWeights, PackedExpert
+from services.core.kernels.attention_part import LayerAttention
 from services.core.model_config import ModelConfig
 from services.core.packed_linear import PackedLinear
 from services.core.quantization.formats import WeightsSetting, chosen_format
@@ -63,6 +64,7 @@ class MixtralDecoder:
         self._layers = layers
         self._norm = norm
         self._lm_head = lm_head
+        self._layer_attention: tuple[KVCache, list[LayerAttention] | None] | None = None
         self._rotary = RotaryTable(config, dtype=self.dtype, device=self.device)
 
     @classmethod
@@ -109,16 +111,41 @@ class MixtralDecoder:
         )
         x = F.embedding(batch.token_ids, self._embedding)
         update: Tensor | None = None  # is added to x by the layer that comes next
-        for index, layer in enumerate(self._layers):
+        native_layers = self._native_layers(plan, kv_cache)
+        index = 0
+        while index < len(self._layers):
+            if native_layers is not None and update is not None and isinstance(experts, RunsLayers):
+                done = await experts.forward_layers(index, native_layers, x, update, context)
+                if done is not None:
+                    index, update = done.next_layer, done.update
+                    continue
+                native_layers = None
+            layer = self._layers[index]
             h, gated = layer.attend(index, x, update, plan, kv_cache)
             if gated is None:
                 update = layer.dense_ffn(h)
             else:
                 update = await experts.forward(index, h, *gated, context)
+            index += 1
         assert update is not None
         rows = batch.sample_rows
         h = self._norm(x.index_select(0, rows), update.index_select(0, rows))
         return self._lm_head(h)
+
+    def _native_layers(self, plan: AttentionPlan, kv_cache: KVCache) -> StepLayers | None:
+        """None where not all layers are native."""
+        if not isinstance(plan, NativeAttentionPlan):
+            return None
+        if self._layer_attention is None or self._layer_attention[0] is not kv_cache:
+            parts = [layer.native_part for layer in self._layers]
+            attention = [
+                LayerAttention(part, *kv_cache.by_slot(index))
+                for index, part in enumerate(parts)
+                if part is not None
+            ]
+            self._layer_attention = kv_cache, attention if len(attention) == len(parts) else None
+        layers = self._layer_attention[1]
+        return None if layers is None else StepLayers(layers, plan.attention)
 
 
 class _Loader:

@@ -49,6 +49,11 @@ class DecoderLayer:
         h = self._post_attention_norm(x, self._attention(index, h, plan, kv_cache))
         return h, None if self._gate is None else self._gate(h)
 
+    @property
+    def native_part(self) -> NativeAttentionPart | None:
+        """What comes before the experts as one native call, of a MoE layer that has it."""
+        return None if self._gate is None else self._native
+
     def dense_ffn(self, h: Tensor) -> Tensor:
         """[T, H] -> [T, H], of a layer without experts."""
         assert self._dense_ffn is not None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -57,6 +57,27 @@ class Part(NamedTuple):
     sequence: HandSequence
     num_tokens: int
     sample: Sequence[int] = (-1,)
+
+
+class RandomWeights:
+    """A decoder's weights without a checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape) if len(shape) > 1 else 1 + 0.1 * torch.randn(shape)
+
+    def rows_of(self, name: str, shape: tuple[int, int]) -> Tensor:
+        weight: Tensor = torch.randn(shape) * shape[1] ** -0.5
+        return weight
+
+    def dense_mlp(self, layer: int) -> Any:
+        raise NotImplementedError("a model with experts has none")
+
+
+def random_decoder(config: ModelConfig, dtype: torch.dtype) -> MixtralDecoder:
+    return MixtralDecoder.load(RandomWeights(config), dtype=dtype, device=torch.device("cpu"))
 
 
 class PlainExperts:
@@ -126,10 +147,11 @@ class HandEngine:
         order = torch.Generator().manual_seed(num_blocks)
         self._free_blocks = torch.randperm(num_blocks, generator=order).tolist()
 
-    async def step(self, parts: Sequence[Part]) -> Tensor:
+    async def step(self, parts: Sequence[Part], context: StepContext | None = None) -> Tensor:
         """Logits of the sampled rows of all parts, in order; the tokens are then computed."""
         batch = self.make_batch(parts)
-        logits = await self.decoder.forward(batch, self.kv_cache, self.experts, StepContext())
+        context = context or StepContext()
+        logits = await self.decoder.forward(batch, self.kv_cache, self.experts, context)
         for part in parts:
             part.sequence.num_computed += part.num_tokens
         return logits

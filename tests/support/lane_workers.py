@@ -6,15 +6,20 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from protos import experts_pb2
+from router_service.dispatch.dispatcher import RemoteExperts
 from router_service.dispatch.lane_transport import LaneTransport
+from services.core.memory_registry import MemoryRegistry
 from services.core.placement import plan_placement
 from services.core.registry import WorkerRecord
+from tests.support.eventually import eventually
 from tests.support.fake_workers import FakeTransport, FakeWorker, random_model, tiny_config
 from tests.support.kernels import built_library
 from tests.support.records import worker_record
@@ -114,10 +119,11 @@ def lane_workers(
     replicas: int = 1,
     top_k: int = 2,
     num_experts: int = 4,
+    num_layers: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[list[LaneWorker]]:
     """`replicas` workers of each of `num_workers` parts of one model: a0, a1, ..., b0, b1, ..."""
-    config = tiny_config(top_k=top_k, num_experts=num_experts)
+    config = tiny_config(top_k=top_k, num_experts=num_experts, num_layers=num_layers)
     model = random_model(config, dtype)
     plan = plan_placement(config.num_hidden_layers, config.num_local_experts, num_workers)
     workers = [
@@ -142,3 +148,25 @@ def lane_transport(workers: Sequence[LaneWorker], *, is_required: bool = True) -
     return LaneTransport(
         FakeTransport(workers), built_library(), max_frame_bytes=1 << 20, is_required=is_required
     )
+
+
+@asynccontextmanager
+async def remote(workers: Sequence[LaneWorker], **options: Any) -> AsyncIterator[RemoteExperts]:
+    """Dispatch to all of them, which takes part once each has been seen."""
+    registry = MemoryRegistry()
+    for worker in workers:
+        await registry.publish(worker.record, 1e9)
+    settings: dict[str, Any] = {"refresh_s": 0.01, "expert_wait_s": 60.0, "call_timeout_s": 60.0}
+    experts = RemoteExperts(
+        workers[0].config,
+        registry=registry,
+        dtype=workers[0].dtype,
+        transport=lane_transport(workers),
+        **settings | options,
+    )
+    try:
+        await experts.wait_ready()
+        await eventually(lambda: len(experts._pool.view.links) == len(workers))
+        yield experts
+    finally:
+        await experts.close()

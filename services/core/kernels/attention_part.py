@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _LOGIT_BYTES = 4
 
 
 class AttentionPartStruct(ctypes.Structure):
-    """`ef_attention_part` of native/attention_part.cpp."""
+    """`ef_attention_part` of native/attention_part.h."""
 
     _fields_ = (
         ("input_norm", ctypes.c_void_p),
@@ -41,7 +42,11 @@ class AttentionPartStruct(ctypes.Structure):
 
 
 class NativeAttentionPart:
-    """Attention between its two norms, and the gate; without a `gate` that of a dense layer."""
+    """Attention between its two norms, and the gate; without a `gate` that of a dense layer.
+
+    `address` is that of native/attention_part.h's struct, `scratch_bytes` what a call needs by
+    token.
+    """
 
     def __init__(
         self,
@@ -59,9 +64,9 @@ class NativeAttentionPart:
         gate `num_experts_per_tok` is 0."""
         self._held = (input_norm, qkv_proj, o_proj, post_attention_norm, gate)
         self._num_experts = 0 if gate is None else len(gate)
-        self._num_experts_per_tok = num_experts_per_tok
+        self.num_experts_per_tok = num_experts_per_tok
         width = qkv_proj.out_features + o_proj.in_features + qkv_proj.in_features
-        self._scratch_bytes = width * input_norm.itemsize + _LOGIT_BYTES * self._num_experts
+        self.scratch_bytes = width * input_norm.itemsize + _LOGIT_BYTES * self._num_experts
         self._struct = AttentionPartStruct(
             input_norm=input_norm.data_ptr(),
             post_attention_norm=post_attention_norm.data_ptr(),
@@ -69,10 +74,10 @@ class NativeAttentionPart:
             o_proj=o_proj.address,
             gate=None if gate is None else gate.data_ptr(),
             num_experts=self._num_experts,
-            num_experts_per_tok=self._num_experts_per_tok,
+            num_experts_per_tok=self.num_experts_per_tok,
             eps=eps,
         )
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
         self._forward = _declared(library).ef_attention_part_forward
 
     def __call__(
@@ -90,23 +95,32 @@ class NativeAttentionPart:
         """
         num_rows = len(x)
         normed = torch.empty_like(x)
-        topk_ids = torch.empty((num_rows, self._num_experts_per_tok), dtype=torch.int64)
-        topk_weights = torch.empty((num_rows, self._num_experts_per_tok), dtype=torch.float32)
+        topk_ids = torch.empty((num_rows, self.num_experts_per_tok), dtype=torch.int64)
+        topk_weights = torch.empty((num_rows, self.num_experts_per_tok), dtype=torch.float32)
         if update is not None:
             update = update.contiguous()
         self._forward(
-            self._address,
+            self.address,
             attention.address,
             x.data_ptr(),
             None if update is None else update.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             normed.data_ptr(),
-            attention.scratch(self._scratch_bytes).data_ptr(),
+            attention.scratch(self.scratch_bytes).data_ptr(),
             topk_ids.data_ptr(),
             topk_weights.data_ptr(),
         )
         return normed, (topk_ids, topk_weights) if self._num_experts else None
+
+
+class LayerAttention(NamedTuple):
+    """What a MoE layer's attention works with: keys and values are its cache, [slots, heads,
+    head_dim]."""
+
+    part: NativeAttentionPart
+    keys: Tensor
+    values: Tensor
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from protos import experts_pb2
 from services.core.kernels.library import NativeLibrary
+from services.core.lane.layers import LayersRequest
 
 DTYPES = {
     torch.float32: int(experts_pb2.DTYPE_FLOAT32),
@@ -123,10 +124,13 @@ class RoundRequest:
     """A layer call, and what is known of it; see `RoundRequest` of native/client_round.h.
 
     Tensors are contiguous and on the CPU: hidden_states [T, H] in one of `DTYPES`, topk_ids int64
-    [T, K], topk_weights float32 [T, K], output like hidden_states. Arrays are int64:
+    [T, K], topk_weights float32 [T, K], output like hidden_states (its own if none is given).
+    Arrays are int64:
     worker_of_expert [E], connections [W] (negative: none), max_rows [W], and shares [S * 3]:
     expert, worker and rows of each, those of an expert together and experts ascending.
     `traceparents`: `TRACEPARENT_BYTES` for each worker, of the span that its frame names.
+
+    `rows_per_expert` [E] and `result` (`result_words` of W workers) are its own if none are given.
     """
 
     __slots__ = ("_held", "_words", "address", "output", "result", "rows_per_expert")
@@ -143,12 +147,19 @@ class RoundRequest:
         max_rows: array[int],
         shares: array[int],
         traceparents: bytes | None = None,
+        output: Tensor | None = None,
+        rows_per_expert: NDArray[np.int64] | None = None,
+        result: NDArray[np.int64] | None = None,
     ) -> None:
         num_tokens, hidden_size = hidden_states.shape
         num_experts, num_workers = len(worker_of_expert), len(connections)
-        self.output = torch.empty_like(hidden_states)
-        self.rows_per_expert = np.empty(num_experts, dtype=np.int64)
-        self.result = array("q", bytes(8 * (_RESULT_WORDS + num_workers * _PART_WORDS)))
+        self.output = torch.empty_like(hidden_states) if output is None else output
+        if rows_per_expert is None:
+            rows_per_expert = np.empty(num_experts, dtype=np.int64)
+        self.rows_per_expert = rows_per_expert
+        if result is None:
+            result = np.zeros(result_words(num_workers), dtype=np.int64)
+        self.result = result.data
         traces = array("B", traceparents or b"")
         self._words = array(
             "q",
@@ -168,7 +179,7 @@ class RoundRequest:
                 max_rows.buffer_info()[0],
                 self.output.data_ptr(),
                 self.rows_per_expert.ctypes.data,
-                self.result.buffer_info()[0],
+                result.ctypes.data,
                 len(shares) // 3,
                 shares.buffer_info()[0],
                 traces.buffer_info()[0] if traces else 0,
@@ -178,10 +189,18 @@ class RoundRequest:
         tensors = hidden_states, topk_ids, topk_weights
         self._held = *tensors, worker_of_expert, connections, max_rows, shares, traces
 
+    def resize(self, num_tokens: int) -> None:
+        """Make it one of so many tokens, at most as many as its tensors have."""
+        self._words[_NUM_TOKENS_WORD] = num_tokens
+
     @property
     def state(self) -> int:
         """A `RoundState`."""
         return self.result[0]
+
+    def copied_result(self) -> memoryview[int]:
+        """For when the request is used again."""
+        return memoryview(bytes(self.result)).cast("q")
 
     @property
     def gate_choice(self) -> tuple[Tensor, Tensor]:
@@ -198,7 +217,7 @@ class RoundRequest:
         """Left to take when `run_round` returned."""
         return self.result[2]
 
-    def slowest(self) -> array[int]:
+    def slowest(self) -> memoryview[int]:
         """sent_ns, received_ns, queue_us and compute_us of the frame answered last."""
         return self.result[3:_RESULT_WORDS]
 
@@ -222,7 +241,11 @@ class RoundRequest:
         return parts
 
 
-def round_trips(result: array[int]) -> list[RoundTrip]:
+def result_words(num_workers: int) -> int:
+    return _RESULT_WORDS + num_workers * _PART_WORDS
+
+
+def round_trips(result: memoryview[int]) -> list[RoundTrip]:
     """Every frame of a `RoundRequest.result`; what answers tell is sensible in a whole round."""
     trips = []
     for start in range(_RESULT_WORDS, _RESULT_WORDS + result[1] * _PART_WORDS, _PART_WORDS):
@@ -278,6 +301,14 @@ class LaneClient:
             )
         return int(self._brief.ef_lane_run_round(self._client, request.address, 0))
 
+    def run_layers(self, layers: LayersRequest, *, wait_s: float) -> int:
+        """Run layer after layer, without the interpreter lock, while their rounds become whole
+        within `wait_s` each. `layers.num_whole` says how many did; if not all, returned is what
+        `run_round` would have returned for the next."""
+        return int(
+            self._waiting.ef_lane_run_layers(self._client, layers.address, int(wait_s * 1e6))
+        )
+
     def release_round(self, round_id: int) -> None:
         """Answers that still come are events of their own. Nothing for a round that is no more."""
         self._brief.ef_lane_release_round(self._client, round_id)
@@ -322,6 +353,7 @@ class _EventWords(ctypes.Structure):
     )
 
 
+_NUM_TOKENS_WORD = 2
 _RESULT_WORDS = 7
 _PART_WORDS = 11
 
@@ -343,6 +375,7 @@ def _declared(library: NativeLibrary) -> tuple[ctypes.CDLL, ctypes.PyDLL]:
         "ef_lane_poll": ((pointer,), int64),
         "ef_lane_take_event": ((pointer, pointer), int32),
         "ef_lane_run_round": ((pointer, pointer, int64), int64),
+        "ef_lane_run_layers": ((pointer, pointer, int64), int64),
         "ef_lane_release_round": ((pointer, int64), None),
     }
     for name, (arguments, result) in signatures.items():

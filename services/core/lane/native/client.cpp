@@ -2,6 +2,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <ctime>
 #include <deque>
 #include <memory>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "client_connection.h"
+#include "client_layers.h"
 #include "client_round.h"
 #include "frame.h"
 
@@ -24,6 +26,20 @@ int64_t now_ns() {
   timespec time{};
   clock_gettime(CLOCK_MONOTONIC, &time);
   return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
+
+// The worker's figures are its own clock's; they cannot take longer than the round trip.
+void add_times(const RoundResult& result, int64_t started_ns, int64_t ended_ns,
+               LayersRequest& layers) {
+  const int64_t trip_ns = result.received_ns - result.sent_ns;
+  const int64_t expert_ns = std::min(1000 * result.compute_us, trip_ns);
+  const int64_t queue_ns = std::min(1000 * result.queue_us, trip_ns - expert_ns);
+  layers.num_parts += result.num_parts;
+  layers.pack_ns += result.sent_ns - started_ns;
+  layers.wire_ns += trip_ns - expert_ns - queue_ns;
+  layers.queue_ns += queue_ns;
+  layers.expert_ns += expert_ns;
+  layers.combine_ns += ended_ns - result.received_ns;
 }
 
 enum EventKind : int64_t { kGreeted = 1, kConnectionBroke = 2, kAnswer = 3, kRoundSettled = 4 };
@@ -147,6 +163,33 @@ class Client {
     return id;
   }
 
+  // Layer after layer while rounds become whole in time. Of the first that did not, what comes
+  // before its experts is done; returned is its round, or why there is none. 0: all are whole.
+  int64_t run_layers(LayersRequest& layers, int64_t wait_us) {
+    const char* update = layers.update;
+    int64_t round = 0, ended_ns = now_ns();
+    layers.num_whole = layers.num_parts = layers.attention_ns = layers.pack_ns = layers.wire_ns = 0;
+    layers.queue_ns = layers.expert_ns = layers.combine_ns = 0;
+    while (layers.num_whole < layers.num_layers) {
+      LayerStep& step = layers.steps[layers.num_whole];
+      const RoundRequest& request = *step.request;
+      ef_attention_part_forward(step.part, layers.attention, layers.x, update, step.keys, step.values,
+                                step.hidden_states, layers.scratch, step.topk_ids,
+                                step.topk_weights);
+      step.attended_ns = now_ns();
+      layers.attention_ns += step.attended_ns - ended_ns;
+      round = run_round(request, wait_us);
+      ended_ns = now_ns();
+      const auto& result = *reinterpret_cast<const RoundResult*>(request.result);
+      if (round < 0 || result.state != kWhole) break;
+      add_times(result, step.attended_ns, ended_ns, layers);
+      update = reinterpret_cast<const char*>(request.output);
+      ++layers.num_whole;
+    }
+    layers.num_events = num_events();
+    return layers.num_whole == layers.num_layers ? 0 : round;
+  }
+
   void release(int64_t id) {
     for (size_t i = 0; i < rounds_.size(); ++i) {
       if (rounds_[i]->id() != id) continue;
@@ -264,6 +307,11 @@ int32_t ef_lane_take_event(void* client, void* words) {
 int64_t ef_lane_run_round(void* client, const void* request, int64_t wait_us) {
   return static_cast<Client*>(client)->run_round(
       *static_cast<const expertfleet::lane::client::RoundRequest*>(request), wait_us);
+}
+
+int64_t ef_lane_run_layers(void* client, void* layers, int64_t wait_us) {
+  return static_cast<Client*>(client)->run_layers(
+      *static_cast<expertfleet::lane::client::LayersRequest*>(layers), wait_us);
 }
 
 void ef_lane_release_round(void* client, int64_t round) {

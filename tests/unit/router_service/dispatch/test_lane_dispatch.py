@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from router_service.dispatch.lane_rounds import LaneRounds
 from router_service.dispatch.local_experts import LocalExperts
 from router_service.experts import StepContext, StepTrace
 from services.core.errors import MalformedFrameError
-from services.core.memory_registry import MemoryRegistry
 from services.core.telemetry import (
     ATTR_EXPERT_IDS,
     ATTR_NUM_TOKENS,
@@ -36,7 +33,7 @@ from services.core.tracing import ChosenIds
 from services.core.wire import encode_response
 from tests.support.eventually import eventually
 from tests.support.fake_workers import Fault
-from tests.support.lane_workers import LaneWorker, lane_transport, lane_workers
+from tests.support.lane_workers import LaneWorker, lane_workers, remote
 from tests.support.moe_layers import random_gate
 
 CONTEXT = StepContext()
@@ -51,27 +48,6 @@ def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         assert defaults is not None
         monkeypatch.setitem(defaults, "blocking_wait_s", 0.0)
     return str(request.param)
-
-
-@asynccontextmanager
-async def remote(workers: Sequence[LaneWorker], **options: Any) -> AsyncIterator[RemoteExperts]:
-    registry = MemoryRegistry()
-    for worker in workers:
-        await registry.publish(worker.record, 1e9)
-    settings: dict[str, Any] = {"refresh_s": 0.01, "expert_wait_s": 60.0, "call_timeout_s": 60.0}
-    experts = RemoteExperts(
-        workers[0].config,
-        registry=registry,
-        dtype=workers[0].dtype,
-        transport=lane_transport(workers),
-        **settings | options,
-    )
-    try:
-        await experts.wait_ready()
-        await eventually(lambda: len(experts._pool.view.links) == len(workers))
-        yield experts
-    finally:
-        await experts.close()
 
 
 def random_call(worker: LaneWorker, num_tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
