@@ -113,12 +113,12 @@ class LaneCalls:
     ) -> LayersRun | None:
         """Run from the layer `first` for as long as nothing has to be decided. None, with nothing
         computed, where something has: an expert has several workers, or one is stuck; the step is
-        sampled, or not alone in flight."""
+        sampled or not alone in flight, or there are no lanes."""
         view, chooser = self._parts.pool.view, self._parts.chooser
         if (
             context.trace is not None
             or context.num_micro_batches > 1
-            or not self._rounds.is_idle
+            or not self._rounds.can_run_layers
             or True in view.table.has_choice
             or (context.incidents is not None and chooser.num_stuck)
             or not can_run(layers, x, update)

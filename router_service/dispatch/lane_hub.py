@@ -42,6 +42,10 @@ class LaneHub:
         self._listeners: dict[int, ConnectionListener] = {}
         self._on_settled: dict[int, Callable[[], None]] = {}
 
+    @property
+    def has_connections(self) -> bool:
+        return self._client is not None
+
     def connect(
         self, address: str, port: int, listener: ConnectionListener, *, max_message_bytes: int
     ) -> int:
@@ -83,10 +87,9 @@ class LaneHub:
         return round_id
 
     def run_layers(self, layers: LayersRequest, *, wait_s: float) -> int:
-        """As `LaneClient.run_layers`; a `Refusal` if there are no connections at all. A round that
-        it returns is to be followed."""
-        if self._client is None:
-            return Refusal.NO_WORKER
+        """As `LaneClient.run_layers`, while `has_connections`. A round that it returns is to be
+        followed."""
+        assert self._client is not None
         round_id = self._client.run_layers(layers, wait_s=wait_s)
         if layers.num_events:
             self._dispatch_soon()

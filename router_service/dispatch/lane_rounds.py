@@ -86,7 +86,7 @@ class LaneRounds:
             traceparents=traceparents,
         )
         round_ = LaneRound(self._hub, request)
-        is_alone = may_block and self.is_idle
+        is_alone = may_block and self._num_in_flight == 0
         if not round_.run(self._blocking_wait_s if is_alone else 0.0):
             return None
         return round_
@@ -94,7 +94,7 @@ class LaneRounds:
     def run_layers(
         self, layers: LayersRequest, request_of: Callable[[int], RoundRequest]
     ) -> LaneRound | None:
-        """Run them while no others are in flight. The round of the first that is not whole, whose
+        """Run them, while `can_run_layers`. The round of the first that is not whole, whose
         request is `request_of(layers.num_whole)`; None where nothing was sent for that one, or
         where there is none."""
         round_id = self._hub.run_layers(layers, wait_s=self._blocking_wait_s)
@@ -103,8 +103,9 @@ class LaneRounds:
         return LaneRound(self._hub, request_of(layers.num_whole), round_id)
 
     @property
-    def is_idle(self) -> bool:
-        return self._num_in_flight == 0
+    def can_run_layers(self) -> bool:
+        """Whether there are lanes, and no other call is in flight on them."""
+        return self._num_in_flight == 0 and self._hub.has_connections
 
     async def wait(self, round_: LaneRound, timeout_s: float) -> bool:
         """Whether the round became whole in time. If not, it is over, and `parts` of it are as they

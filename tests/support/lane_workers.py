@@ -157,11 +157,11 @@ async def remote(workers: Sequence[LaneWorker], **options: Any) -> AsyncIterator
     for worker in workers:
         await registry.publish(worker.record, 1e9)
     settings: dict[str, Any] = {"refresh_s": 0.01, "expert_wait_s": 60.0, "call_timeout_s": 60.0}
+    settings |= {"transport": lane_transport(workers)}
     experts = RemoteExperts(
         workers[0].config,
         registry=registry,
         dtype=workers[0].dtype,
-        transport=lane_transport(workers),
         **settings | options,
     )
     try:

@@ -53,15 +53,16 @@ class LayersRequest:
         num_layers = len(self._steps) // _STEP_WORDS
         scratch = attention.scratch(self._scratch_bytes)
         self._held = *self._held[:2], attention, x, update, scratch
-        words = (
+        words = [
             attention.address,
             x.data_ptr(),
             update.data_ptr(),
             scratch.data_ptr(),
             num_layers - first,
             self._steps.buffer_info()[0] + first * _STEP_WORDS * _WORD_BYTES,
-        )
-        self._words[:6] = array("q", words)
+        ]
+        words += [0] * (len(self._words) - len(words))
+        self._words[:] = array("q", words)
 
     @property
     def num_whole(self) -> int:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from router_service.experts import ExpertBackend, StepContext, StepIncidents
 from router_service.model.decoder import MixtralDecoder
 from services.core.errors import MalformedFrameError
 from tests.support.eventually import eventually
-from tests.support.fake_workers import Fault
+from tests.support.fake_workers import FakeWorker, Fault
 from tests.support.forward import HandEngine, HandSequence, Part, random_decoder
-from tests.support.lane_workers import LaneWorker, lane_workers, remote
+from tests.support.lane_workers import LaneWorker, lane_transport, lane_workers, remote
 
 NUM_LAYERS = 5
 STEPS = (
@@ -120,6 +121,18 @@ async def test_where_workers_are_to_be_chosen_python_chooses(begun: list[int]) -
         async with remote(workers) as experts:
             await Scene(workers).check(experts)
     assert begun == [*range(NUM_LAYERS)] * len(STEPS)
+
+
+@pytest.mark.parametrize("num_without", [1, 3])
+async def test_workers_may_be_without_a_lane(num_without: int) -> None:
+    with lane_workers(3, num_experts=8, num_layers=NUM_LAYERS) as workers:
+        for worker in workers[:num_without]:
+            worker.describe = partial(FakeWorker.describe, worker)  # type: ignore[method-assign]
+        transport = lane_transport(workers, is_required=False)
+        async with remote(workers, transport=transport) as experts:
+            await Scene(workers).check(experts)
+        served = [worker.server.num_connections > 0 for worker in workers]
+        assert served == [False] * num_without + [True] * (3 - num_without)
 
 
 def fail_some_frames(worker: LaneWorker, fault: Fault) -> None:
