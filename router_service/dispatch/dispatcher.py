@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -50,6 +51,9 @@ from services.core.wire_dtype import WireFormat
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_LOOK_AGAIN_S = 0.1
+"""After a link broke: a worker that is there makes it again sooner, one that takes the name of a
+dead one needs longer."""
 
 
 class RemoteExperts:
@@ -82,6 +86,7 @@ class RemoteExperts:
         self._registry = registry
         self._num_experts = config.num_local_experts
         self._refresh_s = refresh_s
+        self._look_again = asyncio.Event()
         self._chooser = ReplicaChooser(call_timeout_s=call_timeout_s, seed=seed)
         limits = DispatchLimits(
             expert_wait_s=expert_wait_s,
@@ -99,6 +104,7 @@ class RemoteExperts:
             on_gone=self._telemetry.forget_worker,
             on_ejected=self._telemetry.count_ejection,
             on_lost=self._telemetry.count_lost,
+            on_broken=self._look_again.set,
         )
         self._telemetry.export_workers(self._chooser.figures, lambda: len(self._pool.refusals()))
         self._parts = DispatchParts(
@@ -308,7 +314,11 @@ class RemoteExperts:
                 if not is_away:
                     logger.warning("going on with the last routing table: %s", error.message)
                 is_away = True
-            await asyncio.sleep(self._refresh_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._refresh_s):
+                    await self._look_again.wait()
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+            self._look_again.clear()
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

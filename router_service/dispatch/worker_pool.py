@@ -69,7 +69,8 @@ class WorkerPool:
 
     `on_lost` is told of workers that went without a word: their link broke while they took part,
     was not made again at once, and their lease still says that they are ready. One that drains
-    takes its lease along.
+    takes its lease along. `on_broken` is told of every link that breaks while its worker takes
+    part: the registry should be read soon, before another process has the worker's name.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class WorkerPool:
         on_gone: Callable[[str], None],
         on_ejected: Callable[[], None],
         on_lost: Callable[[], None] = lambda: None,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self._transport = transport
         self._rules = rules
@@ -90,6 +92,7 @@ class WorkerPool:
         self._on_gone = on_gone
         self._on_ejected = on_ejected
         self._on_lost = on_lost
+        self._on_link_broken = on_broken
         self._subscribers: dict[object, Callable[[], None]] = {}
         self._missing_since: dict[Slot, float] = {}
         self._members: dict[str, _Member] = {}
@@ -242,7 +245,9 @@ class WorkerPool:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     def _on_broken(self, member: _Member, reason: str) -> None:
-        member.has_broken |= member.slots is not None
+        if member.slots is not None:
+            member.has_broken = True
+            self._on_link_broken()
         self._leave(member, reason, level=logging.WARNING)
         member.wake.set()
 

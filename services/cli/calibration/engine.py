@@ -14,6 +14,7 @@ from router_service.sampling.sampler import Sampler, SamplingRow
 from router_service.shard import AttentionShard
 from services.cli.calibration.random_weights import random_config, write_checkpoint
 from services.cli.calibration.timing import time_s, typical_s
+from services.core.errors import ExpertfleetError
 from services.core.generation import GenerateRequest, SamplingParams
 from services.core.kernels.choice import set_num_threads
 from services.core.settings import load_settings
@@ -23,6 +24,7 @@ NUM_SEQUENCES = (1, 8, 32)
 NUM_STEPS = 150
 SAMPLED_ROWS = (1, 8, 32)
 VOCAB_SIZE = 32000
+MAX_TRIES = 5
 
 
 def measure_engine(num_cores: int, scratch: Path) -> dict[str, Any]:
@@ -53,18 +55,31 @@ def measure_engine(num_cores: int, scratch: Path) -> dict[str, Any]:
 async def _step_s(shard: AttentionShard, num_sequences: int) -> float:
     """Between two tokens of the first stream while all of them decode."""
 
-    async def one(index: int) -> list[float]:
+    async def one(index: int) -> list[tuple[int, float]]:
+        """How many tokens there were, and when; several come together where this loop is late."""
         request = GenerateRequest(
             request_id=f"calibrate-{num_sequences}-{index}",
             prompt_token_ids=tuple(range(3, 11)),
             sampling=SamplingParams(max_tokens=NUM_STEPS, temperature=0.0, ignore_eos=True),
         )
-        return [time.perf_counter() async for _ in shard.generate(request)]
+        arrivals, num_tokens = [], 0
+        async for deltas in shard.generate(request):
+            num_tokens += sum(len(delta.token_ids) for delta in deltas)
+            arrivals.append((num_tokens, time.perf_counter()))
+        return arrivals
 
-    arrivals = (await asyncio.gather(*(one(index) for index in range(num_sequences))))[0]
-    # The streams start one after the other, and the first may end before the last.
-    middle = arrivals[NUM_STEPS // 4 : -NUM_STEPS // 4]
-    return typical_s([after - before for before, after in itertools.pairwise(middle)])
+    for _ in range(MAX_TRIES):
+        arrivals = (await asyncio.gather(*(one(index) for index in range(num_sequences))))[0]
+        # The streams start one after the other, and the first may end before the last.
+        first, last = NUM_STEPS // 4, NUM_STEPS - NUM_STEPS // 4
+        middle = [arrival for arrival in arrivals if first < arrival[0] <= last]
+        steps = [
+            (after - before) / (tokens - tokens_before)
+            for (tokens_before, before), (tokens, after) in itertools.pairwise(middle)
+        ]
+        if steps:
+            return typical_s(steps)
+    raise ExpertfleetError("this machine is too busy to be measured; end what else runs, try again")
 
 
 def _sample_s(num_rows: int) -> float:

@@ -377,7 +377,7 @@ async def test_rows_that_a_hung_only_worker_keeps_are_left_behind_until_it_answe
     async with remote(workers, call_timeout_s=60.0) as experts:
         await warm_up(experts, workers[0])
         workers[1].delay_s = 3600.0
-        call = random_call(workers[0], 30)
+        call = random_call(workers[0], 100)
         incidents = StepIncidents()
         started = time.monotonic()
         await experts.forward(1, *call, StepContext(incidents=incidents))
@@ -727,6 +727,30 @@ async def test_a_worker_that_goes_without_a_word_is_counted_once_as_lost() -> No
     workers[0].kill()
     await eventually(lambda: not experts._pool.view.links)
     assert await num_lost() == 2
+    await experts.close()
+
+
+async def test_one_whose_name_another_process_takes_soon_is_counted_as_lost_too() -> None:
+    workers = make_workers(1, replicas=2)
+    metrics = CollectorRegistry()
+    registry = MemoryRegistry()
+    for worker in workers:
+        await registry.publish(worker.record, 1e9)
+    experts = RemoteExperts(
+        workers[0].config,
+        registry=registry,
+        dtype=workers[0].dtype,
+        transport=FakeTransport(workers),
+        refresh_s=60.0,
+        metrics=metrics,
+    )
+    await experts.wait_ready()
+    await eventually(lambda: len(experts._pool.view.links) == 2)
+    workers[0].kill()
+    await asyncio.sleep(0.3)
+    other = replace(workers[0].record, endpoint="elsewhere:1", state="loading")
+    await registry.publish(other, 1e9)
+    assert metrics.get_sample_value(METRIC_LOST_WORKERS) == 1
     await experts.close()
 
 
