@@ -3,7 +3,7 @@
 # Exit status as of pytest: 0, 1 when tests failed, above when something else went wrong.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-pytest=(.venv/bin/python -m pytest)
+pytest=(.venv/bin/python -m tests)
 
 if [ $# -gt 0 ]; then
     exec "${pytest[@]}" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -127,3 +128,12 @@ def _echo(connection: socket.socket, sent: bytes) -> bytes:
         received += chunk
     sender.join()
     return received
+
+
+def test_nothing_of_a_connection_is_left_when_the_proxy_is_closed(
+    proxy: FaultProxy, route: Route, client: socket.socket
+) -> None:
+    proxy.silence(route)
+    client.sendall(b"kept back")
+    proxy.close()
+    assert not asyncio.all_tasks(proxy._loop)

@@ -85,6 +85,7 @@ class FaultProxy:
             return
         for route in list(self._servers):
             self.end(route)
+        self._call(self._end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CALL_TIMEOUT_S)
         self._loop.close()
@@ -128,6 +129,13 @@ class FaultProxy:
     async def _end(self, route: Route) -> None:
         self._servers.pop(route).close()
         await self._change(route, resets=True)
+
+    async def _end_tasks(self) -> None:
+        """None may be left to be collected once the loop is closed, wherever that happens."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Connection:
