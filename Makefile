@@ -65,7 +65,7 @@ faults: setup ## injure the running product; writes docs/performance/faults.{md,
 soak: setup ## random faults under load for 30 minutes (ARGS="--minutes N"); nothing may grow
 	$(PY) -m tests.faults.soak --out docs/performance $(ARGS)
 
-bench: setup ## measure expertfleet beside its peers, 40 minutes; writes docs/performance/bench.{md,json,svg}
+bench: setup ## measure expertfleet beside its peers, 25 minutes on two cores; writes docs/performance/bench.{md,json,svg}
 	$(PY) -m benchmarks.run $(ARGS)
 
 bench-peers: setup ## make the peers' environments in .bench (vLLM 2.3 GB; llama.cpp is compiled)

@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.report import ModelReport
+from benchmarks.sides import is_ours
 from benchmarks.svg import Drawing, LogAxis, colour
 
 CHART_WIDTH, CHART_HEIGHT = 340.0, 300.0
-LEGEND_WIDTH = 190.0
-MARGIN = 60.0
-HEADER = 40.0
+LEGEND_WIDTH, LEGEND_PITCH = 150.0, 16.0
+NAMES_WIDTH, MS_WIDTH = 190.0, 40.0
+BAR_PITCH, BAR_HEIGHT = 15.0, 11.0
+MARGIN = 50.0
+HEADER, FOOTER = 40.0, 30.0
 GREY, LIGHT = "#555555", "#e5e5e5"
+THICK, THIN = 3.0, 1.5
+"""Lines of ours, and of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +29,33 @@ class Curve:
     points: Mapping[int, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Milliseconds of a step by part."""
+
+    label: str
+    parts: Mapping[str, float]
+
+    @property
+    def whole(self) -> float:
+        return sum(self.parts.values())
+
+
 def plot(models: Sequence[ModelReport]) -> str:
     """An SVG with a row for each model: its throughput left, its step times right."""
-    row_height = CHART_HEIGHT + HEADER + MARGIN
-    width = 2 * (CHART_WIDTH + LEGEND_WIDTH + MARGIN)
-    drawing = Drawing(width=width, height=row_height * len(models))
-    for row, model in enumerate(models):
-        top = row * row_height + HEADER
+    steps_left = MARGIN + CHART_WIDTH + LEGEND_WIDTH + NAMES_WIDTH
+    steps = [step_times(model) for model in models]
+    num_rows = [sum(len(times) + 1 for times in each) for each in steps]
+    heights = [max(CHART_HEIGHT, BAR_PITCH * rows) for rows in num_rows]
+    drawing = Drawing(
+        width=steps_left + CHART_WIDTH + MS_WIDTH + LEGEND_WIDTH / 2,
+        height=sum(heights) + (HEADER + FOOTER) * len(models),
+    )
+    top = HEADER
+    for model, times, height in zip(models, steps, heights, strict=True):
         _throughput(drawing, MARGIN, top, model.name, curves(model))
-        _step_times(drawing, width / 2 + MARGIN, top, model)
+        _step_times(drawing, steps_left, top, model.name, times)
+        top += height + HEADER + FOOTER
     return drawing.text()
 
 
@@ -56,6 +79,19 @@ def curves(model: ModelReport) -> list[Curve]:
     return [*found, Curve(name="bound", points=bound)]
 
 
+def step_times(model: ModelReport) -> list[list[StepTime]]:
+    """Of the sides that tell it, workload by workload."""
+    found = [
+        [
+            StepTime(label=f"{label}, {side}", parts=parts)
+            for side, parts in by_side.items()
+            if sum(parts.values())
+        ]
+        for label, by_side in model.splits().items()
+    ]
+    return [times for times in found if times]
+
+
 def _throughput(
     drawing: Drawing, left: float, top: float, name: str, lines: Sequence[Curve]
 ) -> None:
@@ -71,49 +107,44 @@ def _throughput(
     for batch in batches:
         drawing.line([(across(batch), top), (across(batch), bottom)], LIGHT)
         drawing.label((across(batch), bottom + 16), str(batch), anchor="middle")
-    for index, line in enumerate(lines):
-        is_bound = line is lines[-1]
-        stroke = GREY if is_bound else colour(index)
+    strokes = {line.name: colour(index) for index, line in enumerate(lines[:-1])}
+    for line in lines:
+        stroke = strokes.get(line.name, GREY)
         points = [(across(batch), up(value)) for batch, value in sorted(line.points.items())]
-        drawing.line(points, stroke, width=2, dash="5 4" if is_bound else "")
+        width = THICK if is_ours(line.name) else THIN
+        drawing.line(points, stroke, width=width, dash="" if line.name in strokes else "5 4")
         for point in points:
             drawing.dot(point, stroke)
-        _legend(drawing, left + CHART_WIDTH + 14, top + 16 * index, stroke, line.name)
+    fastest_first = sorted(lines, key=lambda line: -line.points.get(batches[-1], 0.0))
+    for index, line in enumerate(fastest_first):
+        y = top + LEGEND_PITCH * index
+        _legend(drawing, left + CHART_WIDTH + 14, y, strokes.get(line.name, GREY), line.name)
 
 
-def _step_times(drawing: Drawing, left: float, top: float, model: ModelReport) -> None:
-    """Stacked bars, one for each side at each batch, of the share of the step's time by part.
-
-    Shares, because steps of different batches differ tenfold; the milliseconds are written above.
-    """
-    bars = [
-        (label, side, parts)
-        for label, by_side in model.splits().items()
-        for side, parts in by_side.items()
-        if sum(parts.values())
-    ]
-    if not bars:
+def _step_times(
+    drawing: Drawing, left: float, top: float, name: str, steps: Sequence[Sequence[StepTime]]
+) -> None:
+    """Bars of a side at a workload, as long as its step beside the longest of that workload."""
+    if not steps:
         return
-    names = list(dict.fromkeys(name for _, _, parts in bars for name in parts))
-    drawing.label((left, top - 26), f"{model.name}: time of a step by part, ms above", bold=True)
-    pitch = CHART_WIDTH / len(bars)
-    bottom = top + CHART_HEIGHT
-    for index, (label, side, parts) in enumerate(bars):
-        whole = sum(parts.values())
-        x, y = left + index * pitch, bottom
-        for name, part in parts.items():
-            height = CHART_HEIGHT * part / whole
-            y -= height
-            title = f"{side}, {label}: {name} {part:.2f} ms"
-            drawing.box((x, y), pitch * 0.8, height, colour(names.index(name)), title)
-        drawing.label((x + pitch * 0.4, top - 6), f"{whole:.1f}", anchor="middle")
-        drawing.label((x + pitch * 0.4, bottom + 14), str(index + 1), anchor="middle")
-    right = left + CHART_WIDTH + 14
-    for index, name in enumerate(names):
-        _legend(drawing, right, top + 16 * index, colour(index), name)
-    for index, (label, side, _) in enumerate(bars):
-        y = top + 16 * (len(names) + 1 + index)
-        drawing.label((right, y + 9), f"{index + 1}: {side}, {label}")
+    parts = list(dict.fromkeys(part for times in steps for time in times for part in time.parts))
+    drawing.label((left, top - 12), f"{name}: ms of a step by part", bold=True)
+    y = top
+    for times in steps:
+        scale = CHART_WIDTH / max(time.whole for time in times)
+        for time in times:
+            drawing.label((left - 6, y + BAR_HEIGHT - 2), time.label, anchor="end")
+            x = left
+            for part, ms in time.parts.items():
+                title = f"{time.label}: {part} {ms:.2f} ms"
+                drawing.box((x, y), ms * scale, BAR_HEIGHT, colour(parts.index(part)), title)
+                x += ms * scale
+            drawing.label((x + 5, y + BAR_HEIGHT - 2), f"{time.whole:.1f}")
+            y += BAR_PITCH
+        y += BAR_PITCH
+    for index, part in enumerate(parts):
+        right = left + CHART_WIDTH + MS_WIDTH
+        _legend(drawing, right, top + LEGEND_PITCH * index, colour(index), part)
 
 
 def _legend(drawing: Drawing, x: float, y: float, fill: str, text: str) -> None:

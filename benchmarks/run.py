@@ -7,8 +7,8 @@ between two sides of a group. There, every side stays loaded in a process of its
 alternate between them on the same weights and the same fresh random prompts. Sides that are not
 installed (`python -m benchmarks.peers install`) or do not fit in memory are skipped with a word.
 Before it measures, it checks that sides answer alike. Writes bench.md, bench.json and bench.svg;
-ratios are the result. On two cores each of the four groups takes about nine minutes with bench-s,
-of which a round is one and a half.
+ratios are the result. On two cores each of the four groups takes about six minutes with bench-s,
+of which a round is one.
 """
 
 from __future__ import annotations

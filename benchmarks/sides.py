@@ -81,8 +81,12 @@ class SideSpec:
     exactly_as: str | None = None
 
 
+def is_ours(name: str) -> bool:
+    return _OURS.fullmatch(name) is not None
+
+
 def is_side(name: str) -> bool:
-    return name in _PEERS or _OURS.fullmatch(name) is not None
+    return name in _PEERS or is_ours(name)
 
 
 def side_spec(name: str, model: Path, places: Places) -> SideSpec:
