@@ -37,8 +37,8 @@ WORKER_CORES = 0.25
 SHAPE = dataclasses.replace(HOT_SHAPE, intermediate_size=3584, num_hidden_layers=4)
 CALIBRATION_STREAMS = 8
 CALIBRATION_S = 10.0
-PEAK_SHARE = 0.8
-"""Of what the largest fleet takes: more than one with a worker less (3 of 4) takes."""
+PEAK_SHARE = 0.75
+"""Of what the largest fleet takes: what one with a worker less (3 of 4) takes at its very most."""
 IDLE_AFTER_S = 5.0
 WARM_UP_S = 2.0
 NUM_PARTS = 12

@@ -23,6 +23,8 @@ class _Move:
 
 def level_layers(plan: Plan) -> None:
     """Share the costliest slots of workers that are slower in a layer than the others."""
+    if plan.is_settling:
+        return
     options, loads = plan.options, plan.loads
     hot = [
         (layer, name)
@@ -40,7 +42,7 @@ def level_layers(plan: Plan) -> None:
 def level_workers(plan: Plan) -> None:
     """Share slots of a worker near its limit, whatever their layer, with the least busy ones: for
     where no layer stands out, but the sum of all does."""
-    if plan.has_purpose("hot", "restore"):
+    if plan.is_settling or plan.has_purpose("hot", "restore"):
         return
     loads = plan.loads
     for _ in range(plan.options.max_slots_per_action):

@@ -14,7 +14,8 @@ class PolicyOptions:
     A (layer, worker) is hot when its share of the worker's time exceeds `hot_ratio` times the mean
     of the other workers' in that layer, for `hot_after_s`, on a worker at least `min_utilization`
     busy. A replica is given back when without it that ratio would stay below `cool_ratio` for
-    `idle_after_s`. After a change a slot is left alone for `cool_down_s`.
+    `idle_after_s`. After a change a slot is left alone for `cool_down_s`, and after a worker came
+    nothing is loaded for heat as long.
 
     Where the fleet is `scale_out_utilization` saturated and waits for experts at least
     `min_experts_share` of its steps, or one worker is so busy and no memory is left for what would

@@ -72,6 +72,13 @@ class Plan:
         changed = self._changed_at.get(slot)
         return changed is not None and self.now - changed < self.options.cool_down_s
 
+    @property
+    def is_settling(self) -> bool:
+        """Whether a worker has just come: what its replicas take from whom is still being learnt,
+        and a fleet that needed one has no time to spare for loading."""
+        joined = self.state.joined_at
+        return joined is not None and self.now - joined < self.options.cool_down_s
+
     def is_extra(self, worker_id: str, slot: Slot) -> bool:
         """Loaded at run time, not what the worker came with."""
         base = self.state.base.get(worker_id)

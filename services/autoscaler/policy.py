@@ -77,6 +77,7 @@ def _remember(
         newcomers or now - awaited_since >= options.worker_start_timeout_s
     ):
         awaited_since = None
+    joined_at = now if newcomers and state.seen_workers else state.joined_at
     leaving = {
         name: at
         for name, at in state.leaving_since.items()
@@ -89,6 +90,7 @@ def _remember(
         base=base,
         changed_at=cooling,
         awaited_since=awaited_since,
+        joined_at=joined_at,
         leaving_since=leaving,
         seen_workers=state.seen_workers | view.ready.keys(),
         first_num_workers=state.first_num_workers or len(view.workers),

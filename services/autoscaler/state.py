@@ -26,8 +26,9 @@ class PolicyState:
 
     `known` are all slots that ever had a replica. `changed_at` tells when a replica of a slot was
     last asked for or given up, `since` since when a condition holds without a break, `scaled_at`
-    when a worker was last asked for or sent away, `awaited_since` since when one is awaited, and
-    `leaving_since` when a worker was told to end.
+    when a worker was last asked for or sent away, `awaited_since` since when one is awaited,
+    `joined_at` when one last came to those that were there, and `leaving_since` when a worker was
+    told to end.
     """
 
     known: frozenset[Slot] = frozenset()
@@ -36,6 +37,7 @@ class PolicyState:
     since: Mapping[Condition, float] = field(default_factory=dict)
     scaled_at: float | None = None
     awaited_since: float | None = None
+    joined_at: float | None = None
     leaving_since: Mapping[str, float] = field(default_factory=dict)
     seen_workers: frozenset[str] = frozenset()
     first_num_workers: int = 0

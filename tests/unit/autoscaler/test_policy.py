@@ -112,6 +112,21 @@ def test_a_worker_that_loads_replicas_is_slow_for_that_and_not_hot() -> None:
     assert _first_load(decide(options, state, seen, 0.0)[0]) == ("w1", (0, 0))
 
 
+def test_nothing_is_loaded_for_heat_while_a_worker_is_new() -> None:
+    rows = {(0, 0): 450.0, (0, 1): 450.0}
+    w0 = worker("w0", rows, busy=0.6, rows=rows)
+    w1 = worker("w1", [(0, 2)], room=4, busy=0.2, rows={(0, 2): 300.0})
+    alone = view(w0, phase="prefill")
+    joined = view(w0, w1, phase="prefill")
+    _, state = rounds(NO_SHADOWS, alone, 1)
+    at = []
+    for now in range(1, 20):
+        planned, state = decide(NO_SHADOWS, state, joined, float(now))
+        at += [now] * bool(planned)
+    assert at[0] == 1 + NO_SHADOWS.cool_down_s + NO_SHADOWS.hot_after_s
+    assert rounds(NO_SHADOWS, joined, 3)[0], "what is there from the start is not new"
+
+
 def test_workers_that_share_a_device_do_not_spend_its_memory_twice() -> None:
     slots = [(0, e) for e in range(6)]
     alone: dict[str, Any] = {"host": "one", "device": "cpu"}
