@@ -558,7 +558,7 @@ class FlakyRegistry(MemoryRegistry):
 
 
 async def flaky_fleet(
-    workers: Sequence[FakeWorker], **options: Any
+    workers: Sequence[FakeWorker], *, refresh_s: float = 0.01, **options: Any
 ) -> tuple[FlakyRegistry, RemoteExperts]:
     registry = FlakyRegistry()
     for worker in workers:
@@ -568,7 +568,7 @@ async def flaky_fleet(
         registry=registry,
         dtype=torch.float32,
         transport=FakeTransport(workers),
-        refresh_s=0.01,
+        refresh_s=refresh_s,
         **options,
     )
     await experts.wait_ready()
@@ -733,18 +733,7 @@ async def test_a_worker_that_goes_without_a_word_is_counted_once_as_lost() -> No
 async def test_one_whose_name_another_process_takes_soon_is_counted_as_lost_too() -> None:
     workers = make_workers(1, replicas=2)
     metrics = CollectorRegistry()
-    registry = MemoryRegistry()
-    for worker in workers:
-        await registry.publish(worker.record, 1e9)
-    experts = RemoteExperts(
-        workers[0].config,
-        registry=registry,
-        dtype=workers[0].dtype,
-        transport=FakeTransport(workers),
-        refresh_s=60.0,
-        metrics=metrics,
-    )
-    await experts.wait_ready()
+    registry, experts = await flaky_fleet(workers, refresh_s=60.0, metrics=metrics)
     await eventually(lambda: len(experts._pool.view.links) == 2)
     workers[0].kill()
     await asyncio.sleep(0.3)
